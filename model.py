@@ -186,8 +186,9 @@ class MoRConfig:
 
     def cache_slots(self, max_len: int, slack: float) -> list[int]:
         """C_r, the K/V slots per row of each recursion that has a cache of its own."""
-        n = 1 if self.kv == "share" else self.n_recursion
-        return [min(max_len, _ceil(slack * c * max_len)) for c in self.capacities[:n]]
+        if self.kv == "share":  # recursion 0's, with room for every token
+            return [max_len]
+        return [min(max_len, _ceil(slack * c * max_len)) for c in self.capacities]
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)
@@ -347,6 +348,18 @@ class Router(nn.Module):
             return F.linear(F.gelu(F.linear(x.float(), self.net[0].weight.float())), self.net[2].weight.float())
 
 
+def route(routers: nn.ModuleList, r: int | Tensor, x: Tensor) -> Tensor:
+    """Logits fp32 [B, T] of recursion r's router, r int64 [B] for rows at different depths."""
+    if isinstance(r, int):
+        return routers[r](x)[..., 0]
+    return torch.cat([router(x) for router in routers], -1).gather(-1, r[:, None, None])[..., 0]
+
+
+def per_recursion(values: list, r: int | Tensor) -> Any:
+    """values[r], as a tensor [B, 1] for rows at different depths, r int64 [B]."""
+    return values[r] if isinstance(r, int) else torch.tensor(values, device=r.device)[r][:, None]
+
+
 def compact(active: Tensor, slots: int) -> Tensor:
     """Positions of the first `slots` True entries per row, ascending: bool [B, T] -> [B, K]; surplus slots hold T."""
     B, T = active.shape
@@ -428,6 +441,7 @@ class KVCache:
         self.position = zeros(batch)  # tokens seen per row
         self.fill = zeros(len(self.slots), batch)  # slots used per recursion and row
         self.overflow = zeros(batch)  # tokens stopped early for want of a slot
+        self.depth = zeros(batch, max_len)  # recursions that each token of the prompt ran
         self.short = zeros(dtype=torch.bool)  # a tight prefill wanted to compute more tokens than it could
 
     @property
@@ -445,8 +459,9 @@ class View:
     shared: list | None = None  # per layer (k, v) of recursion 0 to use instead of projecting
     cache: KVCache | None = None
     layer: int = 0  # the stack's first layer in cache.k
-    start: int = 0  # the window: slots [start, start + slots)
+    start: int | Tensor = 0  # the window: slots [start, start + slots); [B, 1] for rows at different depths
     slots: int = 0
+    row: Any = ...  # [B] cache rows; ...: all, in order
     slot: Tensor | None = None  # [B] where in the window the decoded token goes
     live: Tensor | None = None  # [B] bool: rows that write
     length: Tensor | None = None  # [B] slots the decoded token attends to; None unless decoding
@@ -456,12 +471,18 @@ class View:
             if self.length is None:  # a fresh row: token i of the compacted prompt takes slot i, unread beyond `fill`
                 buffer[:, self.start : self.start + k.size(1)] = new
             else:
-                row, slot = torch.arange(k.size(0), device=k.device), self.start + self.slot
+                row = torch.arange(k.size(0), device=k.device) if self.row is ... else self.row
+                slot = self.slot + (self.start if isinstance(self.start, int) else self.start[:, 0])
                 buffer[row, slot] = torch.where(self.live[:, None, None], new[:, 0], buffer[row, slot])
 
     def read(self, j: int) -> tuple[Tensor, Tensor]:
-        window = slice(self.start, self.start + self.slots)
-        return self.cache.k[self.layer + j][:, window], self.cache.v[self.layer + j][:, window]
+        k, v = self.cache.k[self.layer + j], self.cache.v[self.layer + j]
+        if self.row is ...:
+            window = ..., slice(self.start, self.start + self.slots), slice(None), slice(None)
+        else:  # an index, not a copy: compiled, it is fused into the attention that reads it
+            slot = self.start + torch.arange(self.slots, device=k.device)
+            window = self.row[:, None], slot.clamp(max=k.size(1) - 1).expand(len(self.row), -1)
+        return k[window], v[window]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -489,6 +510,7 @@ class Pass:
     threshold: float = 0.0  # logit from which a token goes on
     max_depth: int = 1
     cache: KVCache | None = None
+    row: Any = ...  # [B] cache rows of this batch when it decodes some of them; ...: all, in order
     tight: bool = False  # prefill: compute only as many tokens as routing is expected to admit
     decoding: bool = False
 
@@ -537,33 +559,35 @@ class MoR(nn.Module):
 
     # ---- routing: decide, then compact -> block -> scatter
 
-    def decide(self, r: int, s: State, p: Pass) -> State:
-        """Which tokens run recursion r: sets `active` (a subset of what ran r-1), the gate, and the router losses."""
+    def decide(self, r: int | Tensor, s: State, p: Pass) -> State:
+        """Which tokens run recursion r: sets `active` (a subset of what ran r-1), the gate, and the router losses.
+        Decoding takes r int64 [B] too: rows at different depths in one batch, as the serving engine has them."""
         c, T, cache = self.config, s.x.size(1), p.cache
         candidates = active = s.active
         if c.router == "expert":
-            logit = self.routers[r](s.x)[..., 0]
+            logit = route(self.routers, r, s.x)
             func, alpha = c.gate
             gate = alpha * (logit.tanh() if func == "tanh" else logit.sigmoid())
             # an auxiliary router only learns to imitate: it must not shape what it reads, and the main one's gate stays
-            decider = self.aux_routers[r](s.x.detach())[..., 0] if c.causality == "aux_router" else logit
-            if c.capacities[r] == 1.0:
-                pass  # every candidate is taken
+            decider = route(self.aux_routers, r, s.x.detach()) if c.causality == "aux_router" else logit
+            taken = per_recursion([capacity == 1.0 for capacity in c.capacities], r)  # every candidate
+            if taken is True:
+                pass
             elif p.topk:
                 # ranked by logit, not by gate: the same order, without the ties of a saturated sigmoid
                 best = logit.masked_fill(~candidates, -math.inf).topk(self.slots(r, T, p)).indices
                 k = T if p.capacity is None else (p.capacity[r] * T + 1e-4).floor().clamp(min=1)
-                taken = (torch.arange(best.size(1), device=best.device) < k).expand_as(best)
-                active = torch.zeros_like(candidates).scatter(1, best, taken)
+                first = (torch.arange(best.size(1), device=best.device) < k).expand_as(best)
+                active = torch.zeros_like(candidates).scatter(1, best, first)
             else:
-                active = candidates & (decider >= p.threshold)
+                active = candidates & (taken | (decider >= p.threshold))
             s = s._replace(gate=gate, logits=(*s.logits, decider.detach()))
             if p.topk:
                 share = candidates / candidates.sum()
                 bce = F.binary_cross_entropy_with_logits(decider, active.float(), reduction="none")
                 s = s._replace(aux=s.aux + (bce * share).sum(), z=s.z + (logit.square() * share).sum())
         elif c.router == "token":
-            if r == 0:
+            if s.choice is None:
                 logit = self.router(s.x)
                 func, alpha = c.gate
                 gate = alpha * (logit.sigmoid() if func == "sigmoid" else logit.softmax(-1))
@@ -572,13 +596,13 @@ class MoR(nn.Module):
                 balance = c.n_recursion * (gate.mean((0, 1)) * share).sum()
                 s = s._replace(gate=gate, choice=choice, entry=s.x, logits=(logit.detach(),))
                 s = s._replace(balance=balance, z=logit.logsumexp(-1).square().mean())
-            active = candidates & (s.choice > r)
+            active = candidates & (s.choice > per_recursion(list(range(c.n_recursion)), r))
             if p.limited:  # slots go in position order: which token is dropped does not depend on later ones
                 active = active & (active.cumsum(1) <= self.slots(r, T, p))
-        if cache is not None and r < len(cache.slots):
-            used = cache.fill[r][:, None] + 1 if p.decoding else active.cumsum(1)
-            fits = active & (used <= cache.slots[r])
-            cache.overflow.add_((active & ~fits).sum(1))
+        if cache is not None and c.kv == "recursion":  # shared K/V have room for every token
+            used = cache.fill[r, p.row][:, None] + 1 if p.decoding else active.cumsum(1)
+            fits = active & (used <= per_recursion(cache.slots, r))
+            cache.overflow[p.row] += (active & ~fits).sum(1)
             active = fits
         if p.tight:
             cache.short.logical_or_((active.sum(1) > self.slots(r, T, p)).any())
@@ -595,12 +619,16 @@ class MoR(nn.Module):
             T = min(T, _ceil(p.cache.slack * c.capacities[r] * T))
         return min(T, p.cache.slots[r]) if p.cache is not None and r < len(p.cache.slots) else T
 
-    def recurse(self, r: int, s: State, p: Pass) -> State:
+    def everyone(self, r: int, p: Pass) -> bool:
+        """Whether every token is sure to run recursion r."""
+        c, room = self.config, p.cache is None or self.config.kv == "share" or p.cache.slots[r] == p.cache.max_len
+        return c.capacities[r] == 1.0 and p.capacity is None and room and (r == 0 or c.router != "token")
+
+    def recurse(self, r: int | Tensor, s: State, p: Pass) -> State:
         """Runs recursion r on the active tokens (compact, block, scatter), then decides recursion r + 1."""
         c, (B, T, D) = self.config, s.x.shape
         h, position, segments, gate = s.x, p.position, p.segments, s.gate
-        everyone = c.capacities[r] == 1.0 and p.capacity is None and (r == 0 or c.router != "token")
-        whole = T == 1 or everyone  # nothing to gather
+        whole = T == 1 or self.everyone(r, p)  # nothing to gather
         if not whole:
             # real tokens come first, so causal attention among the K never reaches padding
             index = compact(s.active, self.slots(r, T, p))  # [B, K]
@@ -619,15 +647,18 @@ class MoR(nn.Module):
         if not whole:
             x = s.x.scatter_add(1, row[..., None].expand(-1, -1, D), update * real[..., None])
         elif c.router != "expert" and T > 1:
-            x = y
+            x = y  # without the rounding of x + (y - x)
         else:
             x = s.x + update * s.active[..., None]
-        if p.cache is not None and r < len(p.cache.slots):
-            p.cache.fill[r] = s.active.sum(1) + (p.cache.fill[r] if p.decoding else 0)
-        if c.kv == "share" and r == 0 and not p.decoding:
+        if p.cache is not None and (c.kv == "recursion" or r == 0):
+            p.cache.fill[r, p.row] = s.active.sum(1) + (p.cache.fill[r, p.row] if p.decoding else 0)
+        if c.kv == "share" and not p.decoding and r == 0:
             s = s._replace(shared=kv)
         s = s._replace(x=x)
-        return self.decide(r + 1, s, p) if r + 1 < p.max_depth else s
+        if isinstance(r, int):
+            return self.decide(r + 1, s, p) if r + 1 < p.max_depth else s
+        s = s._replace(active=s.active & (r + 1 < p.max_depth)[:, None])
+        return self.decide((r + 1).clamp(max=c.n_recursion - 1), s, p)
 
     def run_block(self, r: int, h: Tensor, view: View) -> tuple[Tensor, list]:
         """The shared layers: h [B, K, D] -> y [B, K, D] and each layer's (k, v)."""
@@ -638,34 +669,34 @@ class MoR(nn.Module):
             kv.append(layer_kv)
         return h, kv
 
-    def block_view(self, r: int, position: Tensor, segments: Tensor | None, s: State, p: Pass) -> View:
+    def block_view(self, r: int | Tensor, position: Tensor, segments: Tensor | None, s: State, p: Pass) -> View:
         """What recursion r attends to: the tokens that run it, or with kv="share" all, through recursion 0's K/V."""
         c, cache = self.config, p.cache
-        view = View(rope_table(position, c), layer=1 if c.n_unshared else 0)
-        reuse = c.kv == "share" and r > 0
-        if reuse and p.decoding:
-            view.cache, view.slots, view.length = cache, cache.slots[0], cache.position + 1
-            view.shared = [None] * c.n_block  # they are in the cache
+        view = View(rope_table(position, c), layer=1 if c.n_unshared else 0, cache=cache, row=p.row)
+        reuse = c.kv == "share" and isinstance(r, int) and r > 0
+        if p.decoding and c.kv == "share":
+            view.slots, view.slot, view.length = cache.max_len, position[:, 0] % cache.max_len, position[:, 0] + 1
+            view.live = s.active[:, 0] & (r == 0)
+            view.shared = [None] * c.n_block if reuse else None  # later recursions find them in the cache
+        elif p.decoding:
+            used, slots = cache.fill[r, p.row], per_recursion(cache.slots, r)
+            view.start, view.slots = per_recursion(cache.start, r), slots if isinstance(r, int) else max(cache.slots)
+            view.live, view.slot = s.active[:, 0], used % (slots if isinstance(r, int) else slots[:, 0])
+            view.length = (used + view.live).clamp(min=1)  # no softmax over nothing, in rows nobody reads
         elif reuse:
             view.mask, view.shared = position[:, None, :, None] >= p.position[:, None, None, :], s.shared
             if segments is not None:
                 view.mask = view.mask & (segments[:, None, :, None] == p.segments[:, None, None, :])
         else:
-            view.mask = document_mask(segments)
-            if cache is not None:
-                view.cache, view.start, view.slots = cache, cache.start[r], cache.slots[r]
-            if p.decoding:
-                view.live, view.slot = s.active[:, 0], cache.fill[r] % cache.slots[r]
-                view.length = (cache.fill[r] + view.live).clamp(min=1)  # no softmax over nothing, in rows nobody reads
+            view.mask, view.start = document_mask(segments), cache.start[r] if cache is not None else 0
         return view
 
     def outer_view(self, layer: int, p: Pass) -> View:
         """What the first and the last layer attend to: every token."""
-        view = View(rope_table(p.position, self.config), document_mask(p.segments), cache=p.cache, layer=layer)
-        if p.cache is not None:
-            view.slots = p.cache.max_len
+        view = View(rope_table(p.position, self.config), document_mask(p.segments), None, p.cache, layer, row=p.row)
         if p.decoding:
-            view.slot, view.live, view.length = p.cache.position % view.slots, p.valid[:, 0], p.cache.position + 1
+            view.slots, position = p.cache.max_len, p.position[:, 0]
+            view.slot, view.live, view.length = position % view.slots, p.valid[:, 0], position + 1
         return view
 
     # A pass is enter, recurse for r = 0, 1, ..., leave. Whole-model paths run all in one graph; early-exit decoding and
@@ -683,7 +714,8 @@ class MoR(nn.Module):
         """Token choice's gate, last layer, final norm: State -> [B, T, D]."""
         x = s.x
         if self.config.router == "token":  # H1 + p_d H_d, d the depth that ran (the released code's reading of eq. 2.2)
-            x = s.entry + s.gate.gather(-1, (s.depth - 1).clamp(min=0)[..., None]) * x
+            gate = s.gate.gather(-1, (s.depth - 1).clamp(min=0)[..., None])
+            x = s.entry + torch.where(s.depth[..., None] > 0, gate, 0.0) * x
         if self.last is not None:
             x, _ = self.last(x, self.outer_view(self.config.n_block + 1, p))
         return self.norm(x)
@@ -826,7 +858,8 @@ class MoR(nn.Module):
         p = Pass(position, position < lengths[:, None], cache=cache, tight=tight, **cache.knobs)
         cache.overflow.zero_()
         cache.short.zero_()
-        h, _ = self.backbone(idx, p)
+        h, s = self.backbone(idx, p)
+        cache.depth[:, :P] = s.depth
         cache.position.copy_(lengths)
         return self.head(h[torch.arange(B, device=idx.device), lengths - 1])
 
@@ -851,7 +884,7 @@ class MoR(nn.Module):
 
     def decode_leave(self, s: State, p: Pass) -> Tensor:
         logits = self.head(self.leave(s, p)[:, 0])
-        p.cache.position.add_(p.valid[:, 0])
+        p.cache.position[p.row] += p.valid[:, 0]
         return logits
 
     # ---- cost accounting

@@ -1,13 +1,13 @@
 """Mixture-of-Recursions, slowly: the oracle of the tests.
 
-An independent reading of the paper (Bae et al., arXiv 2507.10524) that shares no code with model.py. Everything is a plain loop
-over rows, positions and recursions on one vector at a time; nothing is batched, gathered, padded, masked or cached, so what
-model.py does with those tricks can be compared with what they are meant to compute. Differentiable by autograd through the loops,
-in the dtype of the weights.
+An independent reading of the paper (Bae et al., arXiv 2507.10524) that shares no code with model.py. Everything is a
+plain loop over rows, positions and recursions on one vector at a time; nothing is batched, gathered, padded, masked or
+cached, so what model.py does with those tricks can be compared with what they are meant to compute. Differentiable by
+autograd through the loops, in the dtype of the weights.
 
     out = forward(model.state_dict(), config, idx, targets, routing="topk", training=True)
 
-A token is a position t of a row; its hidden state is one vector [D]; `x` is a dict {position: vector} of the tokens at hand.
+A token is a position t of a row; its hidden state is one vector [D]; `x` is a dict {position: vector} of tokens.
 """
 
 import math
@@ -47,7 +47,7 @@ class Weights:
 
 
 def read_weights(sd: dict[str, Tensor]) -> Weights:
-    """Maps the state dict of model.MoR to Weights; a key that is not understood is a KeyError (nothing is silently unused)."""
+    """Maps the state dict of model.MoR to Weights; KeyError for a key it does not understand."""
     left = dict(sd)
 
     def layer(prefix: str) -> dict[str, Tensor] | None:
@@ -144,7 +144,7 @@ def run_layer(
 ) -> tuple[dict[int, Tensor], dict[int, tuple[list[Tensor], list[Tensor]]]]:
     """One Llama layer over the tokens of x, residual additions included.
 
-    memory: {position: (keys per KV head, values per KV head)} of another recursion, used instead of projecting x (KV sharing).
+    memory: {position: (keys per KV head, values per KV head)} of another recursion, instead of x's own (sharing).
     Returns the new x and the keys and values that were attended to.
     """
     head_dim = config.d_model // config.n_head
@@ -350,7 +350,9 @@ def token_rows(w: Weights, config, rows, segments, run: Run, *, slots, max_depth
                 H.update(y)
             for t in active:
                 run.depth[b][t] = r + 1
-        rows[b] = {t: H1[t] + p[t][run.depth[b][t] - 1] * H[t] for t in range(T)}
+        for t in range(T):
+            depth = run.depth[b][t]  # 0: a cache without a slot even for the first recursion
+            rows[b][t] = H1[t] + p[t][depth - 1] * H[t] if depth else H1[t]
     if config.balance == "loss":
         run.losses["balance"] = N * sum(p_sum[i] * share[i] for i in range(N))
     if config.z_coef:
@@ -380,7 +382,7 @@ def forward(
     idx, targets: [B, T] integers; -100 in targets is ignored.
     routing: "topk" or "causal" (expert choice only); training: token choice has a limited number of slots.
     capacity: [N] capacities instead of the configured ones (warm-up). segments: [B, T] document numbers.
-    slots: causal routing and token choice with so many tokens per row and recursion, first come first served, as a cache has.
+    slots: causal routing or token choice with so many tokens per row and recursion, first come first served.
     """
     w = read_weights(sd)
     B, T = idx.shape
