@@ -19,10 +19,12 @@ In order: configuration, layers, attention, routers, loss, cache, the model (rou
 accounting, weights in).
 """
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -147,10 +149,15 @@ class MoRConfig:
         the paper's does: 360M has 32 layers, and 1 + 8x4 + 1 = 34 with four recursions."""
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} must be one of {', '.join(PRESETS)}")
+        return cls.resized(PRESETS[name], overrides)
+
+    @classmethod
+    def resized(cls, settings: dict, overrides: dict) -> "MoRConfig":
+        """`settings` with `overrides`; n_layer, unless it is among them, grows as `preset` says."""
         unknown = set(overrides) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown configuration fields: {', '.join(sorted(unknown))}")
-        settings = PRESETS[name] | overrides
+        settings = settings | overrides
         n = settings.get("n_recursion", 1)
         if "n_layer" not in overrides and isinstance(n, int) and n > 1:
             unshared = 2 if settings.get("sharing", "middle_cycle").startswith("middle") else 0
@@ -439,7 +446,7 @@ class KVCache:
         self.k = [zeros(batch, n, c.n_kv_head, c.head_dim, dtype=dtype) for n in length]
         self.v = [zeros(batch, n, c.n_kv_head, c.head_dim, dtype=dtype) for n in length]
         self.position = zeros(batch)  # tokens seen per row
-        self.fill = zeros(len(self.slots), batch)  # slots used per recursion and row
+        self.fill = zeros(len(self.slots), batch)  # slots used per recursion and row; kv="share": `position` is
         self.overflow = zeros(batch)  # tokens stopped early for want of a slot
         self.depth = zeros(batch, max_len)  # recursions that each token of the prompt ran
         self.short = zeros(dtype=torch.bool)  # a tight prefill wanted to compute more tokens than it could
@@ -650,7 +657,7 @@ class MoR(nn.Module):
             x = y  # without the rounding of x + (y - x)
         else:
             x = s.x + update * s.active[..., None]
-        if p.cache is not None and (c.kv == "recursion" or r == 0):
+        if p.cache is not None and c.kv == "recursion":
             p.cache.fill[r, p.row] = s.active.sum(1) + (p.cache.fill[r, p.row] if p.decoding else 0)
         if c.kv == "share" and not p.decoding and r == 0:
             s = s._replace(shared=kv)
@@ -894,10 +901,11 @@ class MoR(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return total if embedding else total - sum(w.numel() for w in {self.wte.weight, self.head_weight})
 
-    def flops_per_token(self, T: int, head: bool = False) -> float:
+    def flops_per_token(self, T: int, head: bool = False, fractions: Sequence[float] | None = None) -> float:
         """Forward FLOPs per token of a sequence of T, by the paper's convention: 2 per weight, the causal half of
         attention, no embedding, head on request. Exact for the k of T tokens that capacity admits: weights cost k/T,
-        attention (k/T)^2, or k/T with kv="share", whose later recursions have no K/V projections."""
+        attention (k/T)^2, or k/T with kv="share", whose later recursions have no K/V projections. `fractions`: k/T per
+        recursion as routing took them, instead of what capacity admits."""
         c = self.config
         kv = 2 * 2 * c.d_model * c.n_kv_head * c.head_dim  # both projections
         weights = 2 * (2 * c.d_model**2 + 3 * c.d_model * c.d_ff) + kv
@@ -905,6 +913,7 @@ class MoR(nn.Module):
         total = c.n_unshared * (weights + attention)
         for r, capacity in enumerate(c.capacities):
             f = max(1, _floor(capacity * T)) / T if c.router == "expert" else capacity
+            f = f if fractions is None else fractions[r]
             reuse = c.kv == "share" and r > 0
             total += c.n_block * f * (weights - kv + attention if reuse else weights + f * attention)
         return total + (2 * c.d_model * c.vocab_size if head else 0)
@@ -968,6 +977,59 @@ class MoR(nn.Module):
             raise ValueError("; ".join(sorted(bad)))
         self.load_state_dict({ours: sd[theirs] for ours, theirs in found.items()})
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, init: str = "stepwise", **overrides) -> "MoR":
+        """Weights of a directory with config.json and safetensors: a Hugging Face Llama, or what `eval.py export`
+        wrote. `overrides` are MoRConfig fields. A Llama gives the vanilla model; with n_recursion > 1 first and last
+        layer stay, routers are new, and the shared block starts from the layers between (Relaxed Recursive
+        Transformers, arXiv 2410.20672; paper Table 12):
+
+            stepwise  evenly spaced layers, the outermost included   average  the mean of the layers that become one
+            lower     the lowest layers                              upper    the highest
+
+        init="reference": the file holds the authors' layout of the model that `overrides` describe. Raises ValueError
+        for whatever does not fit."""
+        settings, weights, ours = read_pretrained(Path(path))
+        given = {f: overrides[f] for f in PRETRAINED if overrides.get(f, settings[f]) != settings[f]}
+        if given:
+            theirs = {f: settings[f] for f in given}
+            raise ValueError(f"{given} must be what the weights in {path} have: {theirs}")
+        config = MoRConfig.resized(settings, overrides)
+        if ours or init == "reference" or config.n_recursion == 1:
+            model = cls(config)
+            model.load_reference_state_dict(weights)
+            return model
+        source = cls(MoRConfig(**settings))
+        source.load_reference_state_dict(weights)
+        layers = [layer.state_dict() for layer in source.block]
+        first, last, middle = layers[0], layers[-1], layers[1:-1] if config.n_unshared else layers
+        M, L, N = len(middle), config.n_block, config.n_recursion
+        if M < L:
+            raise ValueError(f"n_layer={config.n_layer} asks for a block of {L} layers, {path} has {M}: lower n_layer")
+
+        def spread(n: int) -> list[int]:  # n of the M layers, evenly
+            return [round(i * (M - 1) / max(1, n - 1)) for i in range(n)]
+
+        tied = [[u for u in range(N * L) if j == (u // N if "sequence" in config.sharing else u % L)] for j in range(L)]
+        picks = {
+            "stepwise": [[i] for i in spread(L)],
+            "average": [[spread(N * L)[u] for u in places] for places in tied],
+            "lower": [[j] for j in range(L)],
+            "upper": [[M - L + j] for j in range(L)],
+        }
+        if init not in picks:
+            raise ValueError(f"init={init!r} must be one of {', '.join(picks)}, reference")
+        model = cls(config)
+        for layer, pick in zip(model.block, picks[init], strict=True):
+            layer.load_state_dict({name: torch.stack([middle[i][name] for i in pick]).mean(0) for name in first})
+        if config.n_unshared:
+            model.first.load_state_dict(first)
+            model.last.load_state_dict(last)
+        for name in ("wte", "norm", "lm_head"):
+            if getattr(model, name) is not None:
+                getattr(model, name).load_state_dict(getattr(source, name).state_dict())
+        return model
+
 
 REFERENCE_LAYER = {
     "input_layernorm": "attn_norm",
@@ -980,3 +1042,48 @@ REFERENCE_LAYER = {
     "mlp.up_proj": "w_up",
     "mlp.down_proj": "w_down",
 }
+
+
+PRETRAINED = "vocab_size n_head n_kv_head d_model d_ff rope_theta norm_eps tie_embeddings".split()
+
+
+def read_pretrained(path: Path) -> tuple[dict, dict[str, Tensor], bool]:
+    """config.json and safetensors of a directory -> (fields of MoRConfig, tensors, whether `eval.py export` wrote them
+    rather than transformers). Raises ValueError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights, file = {}, path / "config.json"
+    try:
+        c = json.loads(file.read_text())
+        file = path / "model.safetensors.index.json"  # several files
+        names = set(json.loads(file.read_text())["weight_map"].values()) if file.exists() else {"model.safetensors"}
+        for name in sorted(names):
+            file = path / name
+            weights |= load_file(file)
+        if c.get("model_type") == "nanomor":
+            return c["model"], weights, True
+        file = path / "config.json"
+        width = c["hidden_size"] // c["num_attention_heads"]
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+        settings = dict(
+            vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"], n_layer=c["num_hidden_layers"],
+            n_head=c["num_attention_heads"], n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
+            d_model=c["hidden_size"], d_ff=c["intermediate_size"], norm_eps=c["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 1e4,
+            tie_embeddings=c.get("tie_word_embeddings", False),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+        raise ValueError(f"{file} is not a part of a Hugging Face Llama ({type(e).__name__}: {e})") from e
+    needs = [  # what of a Llama's config.json this model has no switch for
+        ("model_type", c.get("model_type"), "llama"),
+        ("hidden_act", c.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", c.get("attention_bias") or False, False),
+        ("mlp_bias", c.get("mlp_bias") or False, False),
+        ("head_dim", c.get("head_dim") or width, width),
+        ("rope_type", rope.get("rope_type") or rope.get("type") or "default", "default"),
+    ]
+    wrong = [f"{name}={value!r} must be {must!r}" for name, value, must in needs if value != must]
+    if wrong:
+        raise ValueError(f"{file}: {', '.join(wrong)}")
+    return settings, weights, False

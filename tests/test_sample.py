@@ -1,0 +1,495 @@
+"""Generation, cached and compiled, against a loop over the full forward; the command line and its errors."""
+
+import base64
+import gc
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_model, tiny
+
+from model import MoR
+from sample import Decoder, Painter, bucket, draw, generate, load_run, main, run_tokenizer, uniform
+
+WORDS = [bytes([i]) for i in range(256)] + [b"th", b"he", b" t", b"in"]
+VOCAB, EOT = len(WORDS) + 1, len(WORDS)
+MODELS = {
+    "vanilla": dict(),
+    "recursive": dict(n_recursion=3),
+    "expert": dict(n_recursion=3, router="expert"),
+    "expert share": dict(n_recursion=3, router="expert", kv="share"),
+    "expert cycle": dict(n_recursion=2, router="expert", sharing="cycle"),
+    "aux_router": dict(n_recursion=3, router="expert", causality="aux_router"),
+    "token": dict(n_recursion=3, router="token"),
+}
+SETTINGS = [dict(), dict(temperature=1.0), dict(temperature=0.9, top_k=20, top_p=0.9)]
+
+
+def some_model(name: str, **overrides) -> MoR:
+    return make_model(tiny(vocab_size=VOCAB, **MODELS[name], **overrides)).eval()
+
+
+def save_run(out: Path, model: MoR, step: int = 10, **data) -> Path:
+    """A run directory as train.py leaves it, the tokenizer in the data directory."""
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    ranks = "".join(f"{base64.b64encode(word).decode()} {i}\n" for i, word in enumerate(WORDS))
+    (out / "data" / "tiny.tiktoken").write_text(ranks)
+    data = dict(vocab_size=VOCAB, tokenizer="tiny.tiktoken", eot=EOT) | data
+    config = dict(model=model.config.asdict(), train=dict(data=str(out / "data")), data=data)
+    torch.save(dict(model=model.state_dict(), optimizer={}, step=step, config=config), out / f"ckpt_{step:06d}.pt")
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run"), some_model("expert"))
+
+
+def knobs(B: int, temperature: float = 0.0, top_k: int = VOCAB, top_p: float = 1.0, seed=0) -> dict[str, torch.Tensor]:
+    full = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return {
+        name: torch.tensor([value] * B) if name != "seed" else seed + torch.arange(B) for name, value in full.items()
+    }
+
+
+@torch.no_grad()
+def by_full_forward(model: MoR, prompt: list[int], n: int, seed: int, stop: int = -1, forward=None, **settings):
+    """(new tokens, depth of all tokens), each token from a forward over everything before it."""
+    ids = list(prompt)
+    forward = forward or {}
+    while len(ids) < min(len(prompt) + n, model.config.block_size):
+        logits = model(torch.tensor([ids]), **forward).logits[:, -1]
+        token = int(draw(logits, knobs(1, seed=seed, **settings), torch.tensor([len(ids)]), filtered=True))
+        if token == stop:
+            break
+        ids.append(token)
+    return ids[len(prompt) :], model(torch.tensor([ids]), **forward).depth[0].tolist()
+
+
+PROMPTS = [[1, 2, 3], [5, 40, 7] * 7, [EOT]]
+
+
+def check(model: MoR, decoder: Decoder, settings: dict, prompts=PROMPTS, n: int = 24, **forward) -> None:
+    got = generate(model, prompts, n, seed=3, decoder=decoder, **settings)
+    for row, prompt in enumerate(prompts):
+        tokens, depth = by_full_forward(model, prompt, n, 3 + row, forward=forward, **settings)
+        assert got.tokens[row] == tokens
+        assert got.depth[row] == depth
+
+
+# ---- generate
+
+
+@pytest.mark.parametrize("early_exit", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_equals_the_full_forward(name, early_exit):
+    model = some_model(name)
+    decoder = Decoder(model, 3, 48, slack=4, compile=False, early_exit=early_exit)
+    for settings in SETTINGS:
+        check(model, decoder, settings)
+
+
+@pytest.mark.parametrize("knob", [dict(max_depth=1), dict(max_depth=2), dict(threshold=0.7), dict(threshold=0.2)])
+def test_test_time_knobs_equal_the_full_forward(knob):
+    model = some_model("expert")
+    check(model, Decoder(model, 3, 48, slack=4, compile=False, **knob), SETTINGS[1], **knob)
+
+
+@pytest.mark.parametrize("early_exit", [False, True])
+def test_compiled_generation_equals_the_full_forward_and_never_recompiles(early_exit, compiler):
+    model = some_model("expert", n_layer=5)
+    decoder = Decoder(model, 3, 48, slack=4, early_exit=early_exit)  # its graphs raise if they are compiled twice
+    check(model, decoder, SETTINGS[1])
+    check(model, decoder, SETTINGS[1], prompts=[[9] * 21, [8, 7]], n=9)
+    generate(model, [[1] * 24], 3, decoder=decoder, temperature=0.3, seed=9, stop_token=4)
+    stages = [("step", False)]
+    if early_exit:
+        check(model, decoder, SETTINGS[0])  # greedy: one more last stage
+        stages = [("enter",), ("recurse", 1), ("recurse", 2), ("leave", False), ("leave", None)]
+    assert list(decoder.graphs) == [("prefill", 24, False), *stages]
+    assert not compiler["graph_break"]
+
+
+def test_a_row_gives_the_same_alone_in_a_batch_and_among_idle_rows():
+    model = some_model("expert")
+    options = dict(slack=4, compile=False, temperature=1.0)
+    together = generate(model, PROMPTS, 20, seed=5, **options)
+    for row, prompt in enumerate(PROMPTS):
+        assert generate(model, [prompt], 20, seed=5 + row, **options).tokens == [together.tokens[row]]
+    decoder = Decoder(model, 5, 48, slack=4, compile=False)
+    assert generate(model, PROMPTS, 20, seed=[5, 6, 7], decoder=decoder, temperature=1.0)[:3] == together[:3]
+    assert generate(model, PROMPTS, 20, seed=6, **options).tokens != together.tokens
+    assert generate(model, PROMPTS, 20, seed=5 + 2**80, **options).tokens == together.tokens
+
+
+def test_rows_end_at_the_stop_token_at_their_length_and_at_the_context():
+    model = some_model("expert")
+    options = dict(temperature=1.0, seed=2, slack=4, compile=False)
+    free = generate(model, [[1, 2], [3] * 40], 12, **options)
+    assert [len(t) for t in free.tokens] == [12, 8] and free.stopped == [False, False]  # 48 is the context
+    stop = free.tokens[0][5]
+    heard = []
+    out = generate(model, [[1, 2], [3] * 40], 12, stop_token=stop, on_token=lambda *x: heard.append(x), **options)
+    expected = [t[: t.index(stop)] if stop in t else t for t in free.tokens]
+    assert out.tokens == expected and out.stopped == [stop in t for t in free.tokens]
+    for row, prompt in enumerate([[1, 2], [3] * 40]):
+        mine = [(t, d) for r, t, d in heard if r == row]
+        assert mine == [*zip(prompt + expected[row], out.depth[row], strict=True), (None, None)]
+
+
+def test_a_stop_token_in_the_prompt_does_not_stop():
+    out = generate(some_model("expert"), [[EOT]], 4, stop_token=EOT, compile=False, temperature=1.0)
+    assert out.tokens[0] or out.stopped == [True]  # it was drawn, not read from the prompt
+    assert len(out.depth[0]) == 1 + len(out.tokens[0])
+
+
+@pytest.mark.parametrize("threshold, short", [(0.5, False), (0.001, True)])
+def test_long_prompts_are_computed_as_sparsely_as_routing_allows(threshold, short):
+    model = some_model("expert", block_size=192)
+    prompts = [torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (150, 9)]
+    slack = 3 if not short else 1.25
+    decoder = Decoder(model, 2, 192, slack=slack, threshold=threshold, compile=False)
+    tried = []
+    decoder.fill = lambda idx, lengths, tight, fill=decoder.fill: (tried.append(tight), fill(idx, lengths, tight))[1]
+    out = generate(model, prompts, 5, decoder=decoder)
+    assert tried == ([True, False] if short else [True])
+    if not out.overflow:
+        check(model, decoder, SETTINGS[0], prompts, n=5, threshold=threshold)
+
+
+def test_memory_is_flat_over_many_requests():
+    model = some_model("expert")
+    decoder = Decoder(model, 2, 48, compile=False)
+    counts = []
+    for i in range(60):
+        generate(
+            model, [[i + 1] * (1 + i * 7 % 40), [2]][: 1 + i % 2], 1 + i % 5, seed=i, decoder=decoder, temperature=i % 3
+        )
+        gc.collect()
+        counts.append(sum(type(x) is torch.Tensor for x in gc.get_objects()))
+    assert len(set(counts[10:])) == 1
+
+
+def test_overflow_is_counted_and_generation_goes_on():
+    out = generate(some_model("expert"), [[1, 2, 3] * 8], 20, slack=0.4, compile=False)
+    assert out.overflow > 0 and len(out.tokens[0]) == 20
+
+
+@pytest.mark.parametrize(
+    "prompts, settings, message",
+    [
+        ([], {}, "no prompts"),
+        ([[]], {}, "prompt 0 has 0 tokens"),
+        ([[1], [1] * 48], {}, "prompt 1 has 48 tokens, but needs 1 to 47"),
+        ([[VOCAB]], {}, "outside of the model's vocabulary"),
+        ([[-1]], {}, "outside of the model's vocabulary"),
+        ([[1]], dict(max_new_tokens=0), "max_new_tokens=0"),
+        ([[1]], dict(temperature=-1.0), "temperature=-1.0"),
+        ([[1]], dict(temperature=float("nan")), "temperature=nan"),
+        ([[1]], dict(top_k=0), "top_k=0"),
+        ([[1]], dict(top_p=0.0), "top_p=0.0"),
+        ([[1]], dict(max_depth=4), "max_depth=4"),
+        ([[1]], dict(threshold=1.0), "threshold=1.0"),
+        ([[1]] * 3, dict(decoder=2), "3 prompts"),
+    ],
+)
+def test_bad_requests(prompts, settings, message):
+    model = some_model("expert")
+    if "decoder" in settings:
+        settings = dict(decoder=Decoder(model, settings["decoder"], 48, compile=False))
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, **(dict(max_new_tokens=4) | settings))
+
+
+# ---- drawing
+
+
+def test_noise_is_uniform_and_depends_on_seed_position_and_token():
+    u = uniform(torch.arange(64), torch.full((64,), 5), 4096)
+    assert 0 < u.min() and u.max() < 1
+    assert torch.histc(u, 16, 0, 1).sub(u.numel() / 16).abs().max() < 5 * (u.numel() / 16) ** 0.5
+    assert abs(torch.corrcoef(u).triu(1)).max() < 6 / 4096**0.5  # rows do not resemble each other
+    assert torch.equal(u[3], uniform(torch.tensor([3]), torch.tensor([5]), 4096)[0])
+    assert not torch.equal(u[3], uniform(torch.tensor([3]), torch.tensor([6]), 4096)[0])
+
+
+@pytest.mark.parametrize("top_k, top_p", [(VOCAB, 1.0), (1, 1.0), (5, 1.0), (VOCAB, 0.5), (40, 0.8), (3, 0.01)])
+def test_draws_follow_the_filtered_distribution(top_k, top_p):
+    """Frequencies over many seeds against probabilities by sorting."""
+    torch.manual_seed(0)
+    logits, n, t = torch.randn(VOCAB) * 2, 20000, 0.7
+    best, order = (logits / t).sort(descending=True)
+    p = best.softmax(0) * (torch.arange(VOCAB) < top_k)
+    p = p / p.sum()
+    p = p * (p.cumsum(0) - p < top_p)
+    p = torch.zeros(VOCAB).scatter(0, order, p / p.sum())
+    drawn = draw(logits.expand(n, -1), knobs(n, t, top_k, top_p), torch.full((n,), 7), filtered=True)
+    count = torch.bincount(drawn, minlength=VOCAB)
+    assert not count[p == 0].any()
+    assert ((count - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1).all()
+
+
+def test_each_row_has_its_own_settings():
+    torch.manual_seed(0)
+    logits = torch.randn(3, VOCAB)
+    mixed = {k: torch.cat([knobs(1, *s)[k] for s in ((0.0,), (1.0, 1), (1.0,))]) for k in knobs(1)}
+    drawn = draw(logits, mixed, torch.tensor([1, 2, 3]), filtered=True)
+    assert drawn[:2].tolist() == logits[:2].argmax(-1).tolist()
+    assert drawn[2] == draw(logits[2:], knobs(1, 1.0), torch.tensor([3]), filtered=False)
+
+
+def test_buckets_waste_less_than_a_quarter():
+    sizes = [bucket(n, 2048) for n in range(1, 2049)]
+    assert all(16 <= s <= 2048 and s >= n for n, s in enumerate(sizes, 1))
+    assert max((s - n) / s for n, s in enumerate(sizes, 1) if n > 16) < 0.25
+    assert len(set(sizes)) < 24
+    assert bucket(5, 12) == 12 and bucket(48, 48) == 48
+
+
+# ---- checkpoints
+
+
+def test_load_run_takes_the_newest_good_checkpoint(tmp_path, capsys):
+    model = some_model("expert")
+    save_run(tmp_path, model, step=10)
+    save_run(tmp_path, model, step=20)
+    path = tmp_path / "ckpt_000020.pt"
+    assert load_run(tmp_path)[2]["step"] == 20
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # one bit
+    path.write_bytes(damaged)
+    loaded, meta, checkpoint = load_run(tmp_path)
+    assert checkpoint["step"] == 10 and meta["eot"] == EOT and not loaded.training
+    assert "ckpt_000020.pt" in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert load_run(tmp_path / "ckpt_000010.pt", dtype=torch.bfloat16)[0].wte.weight.dtype == torch.bfloat16
+
+
+def alter(tmp_path: Path, change) -> Path:
+    save_run(tmp_path, some_model("expert"))
+    path = tmp_path / "ckpt_000010.pt"
+    checkpoint = torch.load(path)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c["model"]["wte.weight"].fill_(float("nan")), "weights are not finite (wte.weight"),
+        (lambda c: c["model"].pop("wte.weight"), "do not fit the configuration"),
+        (lambda c: c["config"]["model"].update(vocab_size=VOCAB + 1), "do not fit the configuration"),
+        (lambda c: c["config"]["model"].update(n_head=3), "not a checkpoint of train.py"),
+        (lambda c: c["config"]["model"].update(wings=2), "not a checkpoint of train.py"),
+        (lambda c: c.pop("config"), "not a checkpoint of train.py"),
+        (lambda c: c["config"]["data"].update(vocab_size=VOCAB + 1), f"{VOCAB + 1} token ids"),
+        (lambda c: c["config"]["data"].update(vocab_size=VOCAB - 1), f"has {VOCAB} tokens"),
+        (lambda c: c["config"]["data"].update(tokenizer="other.tiktoken"), "copy it to"),
+        (lambda c: c["config"]["data"].update(tokenizer="nonesuch"), "nonesuch"),
+    ],
+)
+def test_checkpoints_that_are_wrong(tmp_path, capsys, change, message):
+    fails([str(alter(tmp_path, change)), "in"], message, capsys)
+
+
+def test_the_tokenizer_beside_the_checkpoint_comes_first(tmp_path):
+    save_run(tmp_path, some_model("expert"))
+    checkpoint = load_run(tmp_path)[2]
+    (tmp_path / "data" / "tiny.tiktoken").rename(tmp_path / "tiny.tiktoken")
+    assert run_tokenizer(tmp_path, checkpoint).encode_ordinary("the") == [256, ord("e")]
+    assert run_tokenizer(tmp_path / "ckpt_000010.pt", checkpoint).n_vocab == VOCAB
+
+
+# ---- command line
+
+
+def fails(argv: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--temperature", "warm"], "--temperature"),
+        (["--top-k", "0"], "top_k=0"),
+        (["--top-p", "2"], "top_p=2.0"),
+        (["--samples", "0"], "--samples 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--max-depth", "4"], "max_depth=4"),
+        (["--threshold", "0"], "threshold=0"),
+        (["--slack", "0"], "slack=0"),
+        (["--device", "warp"], "--device warp"),
+        (["--heatmap", "/nonesuch/a.png"], "--heatmap"),
+        (["--heatmap", "a.doc"], "--heatmap"),
+        (["--file", "nonesuch.txt"], "give one of"),
+        (["--wings"], "--wings"),
+        (["x" * 48], "prompt 0 has 48 tokens"),
+    ],
+)
+def test_bad_flags(run, capsys, flags, message):
+    prompt = [] if flags[0].startswith("x") else ["in"]
+    fails([str(run), *prompt, *flags], message, capsys)
+
+
+def test_bad_files(run, tmp_path, capsys):
+    fails([str(tmp_path / "nothing")], "holds no checkpoint", capsys)
+    fails([str(tmp_path)], "holds no checkpoint", capsys)
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"caf\xe9")
+    fails([str(bad)], "cannot be read", capsys)
+    fails([str(run), "--file", str(bad)], "not UTF-8 text (byte 3)", capsys)
+    fails([str(run), "--file", str(tmp_path / "nothing")], "No such file", capsys)
+    for text, message in (("", "no prompts"), ('{"prompt": "a"}\n{"text": 1}', "line 2"), ('{"prompt": 3}', "line 1")):
+        bad.write_text(text)
+        fails([str(run), "--prompts", str(bad)], message, capsys)
+
+
+def test_text_is_plain_reproducible_and_reported(run, capsys, monkeypatch):
+    argv = [str(run), "the in", "--max-new-tokens", "20", "--no-stop", "--temperature", "1"]
+    main(argv)
+    first = capsys.readouterr()
+    assert first.out.startswith("the in") and "\x1b[" not in first.out
+    assert "20 tokens in" in first.err and "tokens/s" in first.err and "of 3" in first.err
+    main(argv)
+    assert capsys.readouterr().out == first.out
+    main([*argv, "--seed", "1"])
+    assert capsys.readouterr().out != first.out
+    main([*argv, "--samples", "3", "--batch", "2"])
+    texts = capsys.readouterr().out.split("-" * 16 + "\n")
+    assert len(texts) == 3 and texts[0] == first.out and len(set(texts)) == 3
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the in")))
+    main([str(run), "--file", "-", *argv[2:]])
+    assert capsys.readouterr().out == first.out
+
+
+def test_an_empty_prompt_starts_from_end_of_text(run, capsys):
+    main([str(run), "--max-new-tokens", "5", "--no-stop", "--temperature", "0"])
+    model, meta, _ = load_run(run)
+    enc = run_tokenizer(run, load_run(run)[2])
+    expected = enc.decode(generate(model, [[meta["eot"]]], 5, compile=False).tokens[0])
+    assert capsys.readouterr().out == f"<|endoftext|>{expected}\n"
+
+
+def test_colour_tells_depth(run, capsys, monkeypatch):
+    argv = [str(run), "the in", "--max-new-tokens", "5", "--no-stop", "--temperature", "0"]
+    main([*argv, "--color", "always"])
+    colored = capsys.readouterr().out
+    assert colored.startswith("recursions: \x1b[30;48;5;153m 1 \x1b[0m") and colored.count("\x1b[30") > 5
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main(argv)
+    assert capsys.readouterr().out == colored
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(argv)
+    assert "\x1b[30" not in capsys.readouterr().out
+    main([*argv, "--color", "always"])
+    assert capsys.readouterr().out == colored
+
+
+def test_heatmap_is_a_picture(run, tmp_path, capsys):
+    file = tmp_path / "depth.png"
+    main([str(run), "the $x_1$ \u4e16 in", "--max-new-tokens", "20", "--heatmap", str(file)])
+    assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000
+
+
+def test_prompts_from_a_file_keep_their_order_and_fail_alone(run, tmp_path, capsys):
+    texts = ["in the in the", "", "x" * 60, "h\u00e9", "the"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps(dict(prompt=t)) for t in texts) + "\n\n")
+    main(
+        [
+            str(run),
+            "--prompts",
+            str(file),
+            "--batch",
+            "2",
+            "--max-new-tokens",
+            "6",
+            "--temperature",
+            "0",
+            "--slack",
+            "4",
+        ]
+    )
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["prompt"] for r in results] == texts
+    assert "60 tokens" in results[2]["error"] and "completion" not in results[2]
+    model, meta, checkpoint = load_run(run)
+    enc = run_tokenizer(run, checkpoint)
+    for text, result in zip(texts, results, strict=True):
+        if "error" not in result:
+            ids = enc.encode_ordinary(text) or [meta["eot"]]
+            alone = generate(model, [ids], 6, stop_token=meta["eot"], slack=4, compile=False)
+            assert (
+                result["completion"].encode() == enc.decode_bytes(alone.tokens[0]).decode("utf-8", "replace").encode()
+            )
+            assert result["depth"] == alone.depth[0]
+            assert result["finish"] == ("stop" if alone.stopped[0] else "length")
+
+
+@pytest.mark.parametrize("name, share", [("expert", "66.7%"), ("expert share", "33.3%"), ("token", "66.7%")])
+def test_memory_of_the_cache_is_reported(tmp_path, capsys, name, share):
+    main([str(save_run(tmp_path, some_model(name))), "--slack", "1", "--max-new-tokens", "47", "--no-stop"])
+    assert f"shared block alone {share} of vanilla's at slack 1," in capsys.readouterr().err
+
+
+def test_errors_leave_no_traceback_in_a_real_process(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---- painting
+
+
+def paint_all(tokens: list[bytes | None], color: bool, rows: int = 1) -> str:
+    class Enc:
+        def decode_single_token_bytes(self, token):
+            return tokens[token]
+
+    out = io.StringIO()
+    painter = Painter(Enc(), color, out, rows)
+    for i, token in enumerate(tokens):
+        painter(0, None if token is None else i, 2)
+    return out.getvalue()
+
+
+def test_characters_split_over_tokens_are_whole():
+    euro, face = "\u20ac".encode(), "\U0001f600".encode()
+    pieces = [b"a", euro[:1], euro[1:2], euro[2:] + face[:3], face[3:], b"z", None]
+    assert paint_all(pieces, color=False) == "a\u20ac\U0001f600z\n"
+    assert paint_all([b"a", euro[:2], None], color=False) == "a\ufffd\n"
+    assert paint_all([euro[:2], b"b", None], color=False) == "\ufffdb\n"
+
+
+def test_the_terminal_is_safe_from_the_model():
+    painted = paint_all([b"\x1b[31mred\r\n\nend", None], color=True)
+    assert "\x1b[31m" not in painted and "\u241b[31m" in painted and "\r" not in painted
+    assert "\n\n" in painted and all("\n" not in part.split("\x1b[0m")[0] for part in painted.split("\x1b[30")[1:])
+
+
+def test_rows_are_written_one_after_the_other():
+    out = io.StringIO()
+    painter = Painter(load_bytes(), False, out, 2)
+    for row, token in ((0, 97), (1, 98), (1, None), (0, 99), (0, None)):
+        painter(row, token, 1)
+    assert out.getvalue() == "ac\n" + "-" * 16 + "\nb\n"
+
+
+def load_bytes():
+    class Enc:
+        def decode_single_token_bytes(self, token):
+            return bytes([token])
+
+    return Enc()

@@ -1,0 +1,554 @@
+"""train.py in one process: command line, data order, schedules, resume, checkpoints, faults."""
+
+import errno
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from model import MoRConfig
+from prepare import Shards
+
+VOCAB, EOT = 40, 39
+TINY = "--vocab-size 40 --block-size 16 --n-layer 5 --n-head 2 --n-kv-head 1 --d-model 16 --d-ff 24".split()
+SHORT = "--dtype fp32 --device cpu --batch-tokens 64 --micro-batch 2 --eval-tokens 320 --log-every 1".split()
+
+
+def write_data(directory, train_tokens=3000, val_tokens=700, **meta):
+    """A directory as prepare.py would write it: a Markov chain with a document border now and then."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train_tokens), ("val", val_tokens)):
+        steps = rng.choice([1, 2, 7], count, p=[0.7, 0.2, 0.1])
+        tokens = (steps.cumsum() % EOT).astype("<u2")
+        tokens[rng.random(count) < 0.02] = EOT
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, count
+        (directory / f"{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    counts = dict(
+        train_tokens=train_tokens, val_tokens=val_tokens, train_bytes=2 * train_tokens, val_bytes=2 * val_tokens
+    )
+    meta = dict(vocab_size=VOCAB, tokenizer="none", eot=EOT) | counts | meta
+    (directory / "meta.json").write_text(json.dumps(meta))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """train.main() takes over the signals."""
+    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def flags(data, out, *more, compile=False):
+    return [
+        *TINY,
+        *SHORT,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        *([] if compile else ["--no-compile"]),
+        *map(str, more),
+    ]
+
+
+def command(*args):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+
+
+def losses(out):
+    return {row["step"]: row["loss"] for row in train.read_metrics(out) if "loss" in row}
+
+
+def refused(capfd, argv) -> str:
+    """Runs train.py with a user's mistake -> the one line it prints."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(a) for a in argv])
+    err = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run
+
+
+def test_compiled_run_from_the_command_line(data, tmp_path):
+    out = tmp_path / "run"
+    more = "--steps 12 --eval-every 6 --capacity-warmup 4 --doc-mask --lr 1e-2 --preset nano".split()
+    done = subprocess.run(command(*flags(data, out, *more, compile=True)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for what in ("capacity warm-up graph in", "training graph in", "% of peak", "eta", "bigram", "peak memory"):
+        assert what in done.stdout, done.stdout
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    config = json.loads((out / "config.json").read_text())
+    assert MoRConfig(**config["model"]).n_recursion == 3 and config["data"]["tokenizer"] == "none"
+    rows = train.read_metrics(out)
+    assert [r["step"] for r in rows if "lm" in r] == [*range(1, 13)]
+    assert [r["step"] for r in rows if "val_loss" in r] == [6, 12]
+    last = rows[-1]
+    assert {"val_loss", "val_topk", "val_loss_bpb", "agreement", "dead", "maxvio", "entropy", "selected"} <= last.keys()
+    assert last["val_loss"] < math.log(VOCAB) and last["val_loss_bpb"] == pytest.approx(
+        last["val_loss"] / math.log(2) / 2
+    )
+    assert rows[0]["depth"] == pytest.approx(3.0)  # capacities start at 1
+    checkpoint = torch.load(out / "ckpt_000012.pt", weights_only=True)
+    assert (
+        not any(k.startswith(("_orig_mod", "module")) for k in checkpoint["model"]) and checkpoint["config"] == config
+    )
+
+
+VARIANTS = {
+    "vanilla": "--router none --n-recursion 1",
+    "recursive": "--router none",
+    "token": "--router token",
+    "token bias": "--router token --balance bias --z-coef 1e-3",
+    "aux router": "--causality aux_router",
+    "no causality": "--causality none",
+    "shared kv": "--kv share --checkpoint-recursions --schedule cosine",
+    "capacity": "--capacity 1,0.5,0.25 --doc-mask",
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_train(data, tmp_path, name):
+    train.main(flags(data, tmp_path, "--steps", 4, "--eval-every", 2, *VARIANTS[name].split()))
+    rows = train.read_metrics(tmp_path)
+    assert ("val_loss" in rows[-1]) == (name != "no causality")
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+
+
+def test_learns(data, tmp_path, capsys):
+    train.main(flags(data, tmp_path, "--steps", 60, "--lr", "1e-2", "--eval-every", 60, "--log-every", 30))
+    assert train.read_metrics(tmp_path)[-1]["val_loss"] < 2.7  # 3.69 without learning; the chain itself has 0.8
+    assert "a bigram model of the same tokens: 0.8" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes
+
+
+MISTAKES = {
+    "unknown flag": (["--learning-rate", "1"], "unrecognized arguments"),
+    "abbreviation": (["--step", "3"], "unrecognized arguments"),
+    "not a number": (["--steps", "many"], "--steps"),
+    "zero": (["--steps", "0"], "--steps 0 must be at least 1"),
+    "beta": (["--beta2", "1"], "--beta2 1.0 must be in [0, 1)"),
+    "choice": (["--schedule", "linear"], "choose from"),
+    "preset": (["--preset", "7B"], "choose from"),
+    "model": (["--n-layer", "6"], "use n_layer=8"),
+    "vocabulary": (["--vocab-size", "10"], "--vocab-size 10"),
+    "batch": (["--batch-tokens", "65"], "must be a multiple of the block size 16: use 64"),
+    "large batch": (["--batch-tokens", "32000"], "less than one batch"),
+    "block": (["--block-size", "1024", "--batch-tokens", "1024"], "not one block of 1024"),
+    "schedule": (["--warmup", "5", "--cooldown", "6", "--steps", "10"], "do not fit"),
+    "fsdp alone": (["--parallel", "fsdp"], "torchrun"),
+    "no such data": (["--data", "/nowhere"], "/nowhere"),
+    "no such checkpoint": (["--resume", "/nowhere.pt"], "/nowhere.pt does not exist"),
+    "unwritable": (["--out", "/proc/run"], "cannot write to --out /proc/run"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(data, tmp_path, capfd, name):
+    more, message = MISTAKES[name]
+    assert message in refused(capfd, flags(data, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data(tmp_path, capfd):
+    data = write_data(tmp_path / "ids", vocab_size=39)
+    assert "ids beyond the vocabulary of 39" in refused(capfd, flags(data, tmp_path / "run"))
+    data = write_data(tmp_path / "cut")
+    os.truncate(data / "train_000000.bin", 3000)
+    assert "train_000000.bin" in refused(capfd, flags(data, tmp_path / "run"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def test_every_block_once_per_epoch(data):
+    shards = Shards(data, "train")
+    blocks = train.Blocks(shards, 16, seed=3)
+    n = blocks.count
+    assert n == (3000 - 1) // 16
+    every = [np.concatenate(list(blocks.batches(epoch * n, n, 1))) for epoch in (0, 1)]
+    plain = np.stack([shards.tokens(i * 16, 17) for i in range(n)])
+    for rows in every:
+        assert Counter(map(bytes, rows)) == Counter(map(bytes, plain))
+    assert (every[0] != every[1]).any()
+    assert (every[0] != np.concatenate(list(train.Blocks(shards, 16, seed=4).batches(0, n, 1)))).any()
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(data):
+    shards = Shards(data, "train")
+
+    def global_batch(size):
+        parts = [train.Blocks(shards, 16, 0).batches(180 + rank * 12 // size, 12 // size, 2) for rank in range(size)]
+        return np.concatenate([rows for part in parts for rows in part])
+
+    assert (global_batch(1) == global_batch(2)).all() and (global_batch(1) == global_batch(3)).all()
+
+
+def test_segments_open_at_end_of_text():
+    rows = np.array([[5, 6, EOT, 7, 8, EOT, 9]])
+    idx, targets, segments = train.to_device(rows, EOT, torch.device("cpu"))
+    assert segments.tolist() == [[0, 0, 1, 1, 1, 2]]
+    assert targets.tolist() == [[6, EOT, 7, 8, EOT, 9]] and idx.tolist() == [[5, 6, EOT, 7, 8, EOT]]
+
+
+def test_loading_is_not_the_bottleneck(tmp_path):
+    data = write_data(tmp_path, train_tokens=2_000_000)
+    blocks = train.Blocks(Shards(data, "train"), 256, 0)
+    start = time.perf_counter()
+    for rows in blocks.batches(0, 4096, 32):
+        train.to_device(rows, EOT, torch.device("cpu"))
+    assert 4096 * 256 / (time.perf_counter() - start) > 1e6  # tokens/s; a nano model takes 1e4 here, an H100 1e6
+
+
+def test_bigram_against_counting(data):
+    train_shards, rows = Shards(data, "train"), train.validation_rows(Shards(data, "val"), 16, 320)
+    tokens = train_shards.tokens(0, len(train_shards)).tolist()
+    pairs, contexts, words = Counter(zip(tokens, tokens[1:], strict=False)), Counter(tokens[:-1]), Counter(tokens)
+    kinds = Counter(a for a, _ in pairs)
+    total = 0.0
+    for row in rows.tolist():
+        for a, b in zip(row, row[1:], strict=False):
+            unigram = (words[b] + 1) / (len(tokens) + VOCAB)
+            total -= math.log((pairs[a, b] + kinds[a] * unigram) / (contexts[a] + kinds[a]) if contexts[a] else unigram)
+    assert train.bigram_nll(train_shards, rows, VOCAB) == pytest.approx(total / rows[:, 1:].size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules and the step
+
+
+def test_schedules():
+    trapezoid = train.Schedule(1.0, "trapezoid", 100, 5, 20, 10)
+    assert [trapezoid.rate(s) for s in (0, 4, 5, 80, 90, 99)] == pytest.approx([0.2, 1, 1, 1, 0.5, 0.05])
+    cosine = train.Schedule(1.0, "cosine", 100, 0, 20, 0)
+    assert cosine.rate(0) == 1 and cosine.rate(50) == pytest.approx(0.55) and cosine.rate(100) == pytest.approx(0.1)
+    config = MoRConfig.preset("nano", n_recursion=3, router="expert")
+    capacities = [trapezoid.capacity(s, config, torch.device("cpu")) for s in (0, 5, 10)]
+    assert capacities[0].tolist() == [1, 1, 1] and capacities[2] is None
+    assert capacities[1].tolist() == pytest.approx([1, 5 / 6, 2 / 3])
+
+
+def test_weight_decay_on_matrices_only():
+    model = train.MoR(MoRConfig.preset("nano", n_recursion=3, router="expert", d_model=32, d_ff=48, vocab_size=50))
+    decayed, plain = train.make_optimizer(model, train.TrainConfig()).param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decayed["params"])
+    assert plain["weight_decay"] == 0 and all(p.dim() == 1 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_accumulation_weighs_tokens_not_micro_batches(data, tmp_path, monkeypatch):
+    """Micro-batches with different numbers of valid targets: the sum is the gradient of the mean over all of them."""
+    original, batches = train.to_device, []
+
+    def with_holes(rows, eot, device):
+        idx, targets, segments = original(rows, eot, device)
+        for row, first in zip(targets, rows[:, 0], strict=True):
+            row[int(first) % 16 :] = -100  # the same holes however the rows are batched
+        batches.append(idx)
+        return idx, targets, segments
+
+    monkeypatch.setattr(train, "to_device", with_holes)
+    for size in (1, 4):
+        more = ("--router", "none", "--steps", 5, "--eval-every", 9, "--micro-batch", size)
+        train.main(flags(data, tmp_path / str(size), *more))
+    one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
+    assert len(one) == 5 and one == pytest.approx(four, abs=1e-5)
+
+
+def test_nonfinite_updates_are_skipped_and_named(data, tmp_path, capfd, monkeypatch):
+    train.main(flags(data, tmp_path, "--steps", 4, "--eval-every", 2))
+    before = torch.load(tmp_path / "ckpt_000004.pt", weights_only=True)
+    original = train.MoR.losses
+
+    def poisoned(self, *args):
+        loss, terms = original(self, *args)
+        return loss * math.nan, {k: v * (math.nan if k == "aux" else 1) for k, v in terms.items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.MoR, "losses", poisoned)
+        message = refused(capfd, flags(data, tmp_path, "--steps", 20, "--max-skipped", 3, "--eval-every", 2))
+    assert "3 updates in a row" in message and "aux 3 times" in message and "ckpt_000006.pt" in message
+    after = torch.load(tmp_path / "ckpt_000006.pt", weights_only=True)
+    assert after["skipped"] == 2 and all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"])
+    train.main(flags(data, tmp_path, "--steps", 8, "--eval-every", 2))  # and goes on once the cause is gone
+    assert math.isfinite(losses(tmp_path)[8])
+
+
+def test_router_warnings():
+    config = MoRConfig.preset("nano", n_recursion=3, router="expert")
+    healthy = dict(selected=[1, 0.6, 0.3], dead=0.0)
+    assert train.router_warnings(healthy, config) == []
+    assert "recursion 2 takes 0.0%" in train.router_warnings(healthy | dict(selected=[1, 0.6, 0.0]), config)[0]
+    assert "90% of the positions" in train.router_warnings(healthy | dict(dead=0.9), config)[0]
+    token = MoRConfig.preset("nano", n_recursion=3, router="token")
+    assert "choose depth 2" in train.router_warnings(dict(selected=[1, 0.5, 0.5]), token)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stopping and resuming
+
+
+@pytest.fixture(scope="session")
+def straight(data, tmp_path_factory):
+    """An uninterrupted run of 12 steps."""
+    out = tmp_path_factory.mktemp("straight")
+    train.main(flags(data, out, "--steps", 12, "--eval-every", 4))
+    return out
+
+
+def same_as(straight, out):
+    assert losses(out) == losses(straight)
+    last = [torch.load(d / "ckpt_000012.pt", weights_only=True)["model"] for d in (straight, out)]
+    assert all(torch.equal(last[0][k], last[1][k]) for k in last[0])
+    rows = [[r for r in train.read_metrics(d) if "val_loss" in r] for d in (straight, out)]
+    assert rows[0] == rows[1]
+
+
+def test_resume_is_exact(data, tmp_path, straight, monkeypatch, capsys):
+    step = train.train_step
+
+    def stopping(run):  # Ctrl-C in the middle of step 6, which is not a step that saves
+        if run.progress["step"] == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(run)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    train.main(flags(data, tmp_path, "--steps", 12, "--eval-every", 4))
+    assert "stopped after step 6; the same command continues" in capsys.readouterr().out
+    monkeypatch.undo()
+    train.main(flags(data, tmp_path, "--steps", 12, "--eval-every", 4))
+    assert "continuing from" in capsys.readouterr().out
+    same_as(straight, tmp_path)
+
+
+@pytest.mark.soak
+def test_resume_is_exact_compiled_bf16(data, tmp_path):
+    """As `make demo` runs: compiled, bf16, two threads, with a capacity warm-up that the restart falls into."""
+    args = [*flags(data, tmp_path / "a", compile=True), *"--steps 20 --save-every 5 --keep 9 --dtype bf16".split()]
+    args += ["--capacity-warmup", "12", "--eval-every", "100"]
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    subprocess.run(command(*args), check=True, env=env, timeout=900)
+    more = ["--out", tmp_path / "b", "--resume", tmp_path / "a" / "ckpt_000010.pt"]
+    subprocess.run(command(*args, *more), check=True, env=env, timeout=900)
+    assert losses(tmp_path / "b") == {s: v for s, v in losses(tmp_path / "a").items() if s > 10}
+
+
+def kill_and_finish(data, out, delay, attempts=30):
+    """Runs train.py, kill -9s it after `delay` seconds, and lets the last attempt finish."""
+    argv = command(*flags(data, out, "--steps", 12, "--eval-every", 4, "--save-every", 1))
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        if delay is not None:
+            deadline = time.monotonic() + 120
+            while not list(out.glob("ckpt_*")) and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)  # start counting when the first checkpoint is being written
+            time.sleep(delay)
+            process.kill()
+        error = process.communicate(timeout=300)[1]
+    return process.returncode, error
+
+
+def test_kill_and_resume_is_exact(data, tmp_path, straight):
+    assert kill_and_finish(data, tmp_path, 0.05)[0] == -signal.SIGKILL
+    code, error = kill_and_finish(data, tmp_path, None)
+    assert code == 0, error
+    assert losses(tmp_path) == losses(straight)
+
+
+@pytest.mark.soak
+def test_twenty_kills(data, tmp_path, straight):
+    rng = np.random.default_rng()
+    for trial in range(20):
+        out = tmp_path / str(trial)
+        kills = 0
+        for _ in range(3):
+            good = list(out.glob("ckpt_*.pt"))
+            kills += kill_and_finish(data, out, rng.uniform(0, 0.6))[0] == -signal.SIGKILL
+            for path in out.glob("ckpt_*.pt"):
+                train.read_checkpoint(path)
+            assert not good or list(out.glob("ckpt_*.pt"))
+        code, error = kill_and_finish(data, out, None)
+        assert code == 0, error
+        assert losses(out) == losses(straight)
+        print(f"trial {trial}: {kills} kills")
+
+
+def test_sigterm_saves_and_exits_0(data, tmp_path):
+    argv = command(*flags(data, tmp_path, "--steps", 100000, "--save-every", 100000, "--eval-every", 100000))
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        process.terminate()
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "the same command continues" in out and "stopping after this step" in err
+    assert len(list(tmp_path.glob("ckpt_*.pt"))) == 1
+
+
+def test_second_ctrl_c_stops_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    stop = train.StopRequest()
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # the terminal's, torchrun's, and torchrun's next
+        stop.handle(number, None)
+    assert stop.since and not codes
+    stop.since -= 2
+    stop.handle(signal.SIGTERM, None)
+    assert not codes
+    stop.handle(signal.SIGINT, None)
+    assert codes == [130]
+
+
+def test_finished_run_is_evaluated_again_and_changed_flags_are_named(data, tmp_path, straight, capsys):
+    before = (straight / "ckpt_000012.pt").read_bytes()
+    train.main(flags(data, straight, "--steps", 12, "--eval-every", 4))
+    assert "validation, nats per token" in capsys.readouterr().out
+    assert (straight / "ckpt_000012.pt").read_bytes() == before
+    train.main(flags(data, tmp_path, "--steps", 14, "--resume", straight / "ckpt_000012.pt", "--lr", "1e-4"))
+    out = capsys.readouterr().out
+    assert "changed since:" in out and "steps 12 -> 14" in out and "lr 0.003 -> 0.0001" in out
+    assert list(losses(tmp_path)) == [13, 14]
+
+
+def test_refuses_another_model_tokenizer_or_past(data, tmp_path, straight, capfd):
+    again = flags(data, straight, "--steps", 12)
+    assert "d_ff 24 there, 32 here" in refused(capfd, [*again, "--d-ff", 32])
+    assert "--resume never" in refused(capfd, [*again, "--resume", "never"])
+    assert "12 steps already" in refused(capfd, [*again, "--steps", 5])
+    other = write_data(tmp_path / "other", tokenizer="another")
+    assert "was trained with tokenizer" in refused(capfd, flags(other, straight, "--steps", 12))
+    assert "later ckpt_000012.pt" in refused(capfd, [*again, "--resume", straight / "ckpt_000008.pt"])
+
+
+def test_cooldown_from_a_plateau(data, tmp_path, capfd):
+    """A plateau left at step 8 for a cool-down of 4 is the run of 12 steps with that cool-down, to the bit."""
+    common = ("--eval-every", 4, "--warmup", 2, "--keep", 9)
+    train.main(flags(data, tmp_path / "whole", "--steps", 12, "--cooldown", 4, *common))
+    train.main(flags(data, tmp_path / "plateau", "--steps", 16, "--cooldown", 0, *common))
+    start = tmp_path / "plateau" / "ckpt_000008.pt"
+    train.main(flags(data, tmp_path / "cool", "--steps", 4, "--cooldown-from", start, *common))
+    whole, cool = losses(tmp_path / "whole"), losses(tmp_path / "cool")
+    assert cool == {s: whole[s] for s in (9, 10, 11, 12)}
+    train.main(flags(data, tmp_path / "cool", "--steps", 4, "--cooldown-from", start, *common))  # resumes itself
+    cooling = tmp_path / "cool" / "ckpt_000012.pt"
+    assert "is not on a plateau" in refused(
+        capfd, flags(data, tmp_path / "x", "--steps", 4, "--cooldown-from", cooling)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def test_newest_and_best_are_kept(data, tmp_path, monkeypatch):
+    values = iter([3.0, 1.0, 2.5, 2.4, 2.6, 2.7])
+    original = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda run, rows: original(run, rows) | dict(val_loss=next(values)))
+    train.main(flags(data, tmp_path, "--steps", 6, "--eval-every", 1))
+    assert sorted(p.name for p in tmp_path.glob("ckpt_*")) == ["ckpt_000002.pt", "ckpt_000005.pt", "ckpt_000006.pt"]
+    assert torch.load(tmp_path / "ckpt_000006.pt", weights_only=True)["best_step"] == 2
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_damage_is_found_or_harmless(straight, tmp_path):
+    """Truncated at 50 lengths, and with one byte changed at 50 places: refused, or the same to the bit."""
+    whole = (straight / "ckpt_000012.pt").read_bytes()
+    good, path, harmless = train.read_checkpoint(straight / "ckpt_000012.pt"), tmp_path / "ckpt_000001.pt", 0
+    rng = np.random.default_rng(0)
+    places = rng.integers(0, len(whole), 100)
+    for i, place in enumerate(places.tolist()):
+        data = bytearray(whole)
+        if i % 2:
+            data[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(data if i % 2 else data[:place])
+        try:
+            loaded = train.read_checkpoint(path)
+        except Exception:
+            continue
+        assert i % 2, f"truncated at {place} of {len(whole)}, and loaded"
+        assert equal(loaded, good), f"byte {place} changed, and loaded differently"
+        harmless += 1
+    assert harmless < 25
+
+
+def test_falls_back_to_the_checkpoint_before(data, tmp_path, straight, capfd):
+    train.main(flags(data, tmp_path, "--steps", 12, "--eval-every", 4))
+    newest = tmp_path / "ckpt_000012.pt"
+    os.truncate(newest, newest.stat().st_size // 2)
+    train.main(flags(data, tmp_path, "--steps", 12, "--eval-every", 4))
+    out, err = capfd.readouterr()
+    assert "warning: checkpoint" in err and "ckpt_000012.pt is damaged" in err and "ckpt_000008.pt" in out
+    same_as(straight, tmp_path)
+    for path in tmp_path.glob("ckpt_*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        train.main(flags(data, tmp_path, "--steps", 12))
+    assert "every checkpoint in" in capfd.readouterr().err
+    assert "is damaged" in refused(capfd, flags(data, tmp_path / "b", "--resume", newest))
+
+
+def test_full_disk_leaves_earlier_checkpoints(data, tmp_path, straight):
+    """The file system refuses to let the second checkpoint grow (EFBIG, for want of a full disk without root)."""
+    size = (straight / "ckpt_000012.pt").stat().st_size
+    train.main(flags(data, tmp_path, "--steps", 4, "--eval-every", 4))
+    good = (tmp_path / "ckpt_000004.pt").read_bytes()
+    argv = command(*flags(data, tmp_path, "--steps", 12, "--eval-every", 4))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))  # noqa: E731
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: cannot save the checkpoint of step 8")
+    assert [p.name for p in tmp_path.glob("ckpt_*")] == ["ckpt_000004.pt"]
+    assert (tmp_path / "ckpt_000004.pt").read_bytes() == good
+    train.main(flags(data, tmp_path, "--steps", 12, "--eval-every", 4))
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small tmpfs needs root on Linux")
+def test_full_tmpfs(data, tmp_path, straight):
+    size = (straight / "ckpt_000012.pt").stat().st_size
+    mounted = tmp_path / "small"
+    mounted.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * size + 40000}", "none", str(mounted)]).returncode:
+        pytest.skip("mount is not allowed here")
+    try:
+        argv = command(*flags(data, mounted / "run", "--steps", 12, "--eval-every", 4, "--save-every", 2, "--keep", 5))
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert os.strerror(errno.ENOSPC) in done.stderr or "cannot save the checkpoint" in done.stderr
+        kept = sorted((mounted / "run").glob("ckpt_*"))
+        assert kept and all(train.read_checkpoint(path) for path in kept)
+    finally:
+        subprocess.run(["umount", str(mounted)])

@@ -1,0 +1,1008 @@
+"""Trains a Mixture-of-Recursions model, or its vanilla and recursive baselines, on the shards that prepare.py writes.
+
+    python train.py --data data/python --out out/demo                  # a laptop: nano MoR, three recursions, minutes
+    python train.py --preset 360M --data data/fineweb --out out/mor3   # one GPU
+    torchrun --standalone --nproc_per_node=8 train.py --preset 360M    # one node; --parallel fsdp shards the weights
+    torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py
+
+Baselines are the same program: `--router none` is the recursive model, `--router none --n-recursion 1` the vanilla one.
+Every field of TrainConfig and of model.py's MoRConfig is a flag (--help).
+
+Stopping and resuming: after Ctrl-C, SIGTERM or kill -9, the same command continues from the newest good checkpoint in
+--out, on any number of processes, with the same batches in the same order; in a single process on a CPU the losses are
+the same to the bit. Several budgets from one plateau (paper Section 3.3):
+
+    python train.py --out out/plateau --steps 10000 --warmup 200 --cooldown 0
+    python train.py --out out/budget4k --cooldown-from out/plateau/ckpt_004000.pt --steps 1000
+
+Shapes: B sequences, T time, N recursions, E evaluation blocks. A step is a global batch of `batch_tokens` tokens, cut
+into micro-batches of at most `micro_batch` sequences; which sequences it holds does not depend on the processes.
+"""
+
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+import types
+import typing
+import warnings
+import zipfile
+from argparse import SUPPRESS, BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict as gathered
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from model import CHOICES as MODEL_CHOICES
+from model import PRESETS, MoR, MoRConfig, Output
+from prepare import Parser, Shards, fail, load_meta
+
+MODEL_DEFAULTS = dict(router="expert", n_recursion=3)  # what "a MoR" means when no flag says otherwise
+TERMS = ("lm", "aux", "balance", "z")  # of Output.losses
+CHOICES = {
+    "preset": tuple(PRESETS),
+    "schedule": ("trapezoid", "cosine"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "dtype": ("auto", "bf16", "fp32"),
+    "parallel": ("ddp", "fsdp"),
+}
+
+
+@dataclass
+class TrainConfig:
+    """How to train. The comment behind a field is its --help."""
+
+    data: str = "data/python"  # directory that prepare.py wrote
+    out: str = "out/demo"  # run directory: config.json, metrics.jsonl, checkpoints, loss.png
+    preset: str = "nano"  # model size: nano, 135M, 360M, 730M or 1.7B
+    steps: int = 800  # optimizer steps; with --cooldown-from, the steps of the cool-down
+    batch_tokens: int = 2048  # tokens per step over all processes
+    micro_batch: int = 32  # at most this many sequences per forward pass of a process; the rest is accumulated
+    lr: float = 3e-3  # peak learning rate
+    schedule: str = "trapezoid"  # trapezoid (warm-up, plateau, linear cool-down to 0) or cosine (to a tenth)
+    warmup: float = 0.05  # linear warm-up: a fraction of the steps, or a number of steps if 1 or more
+    cooldown: float = 0.2  # trapezoid's cool-down: a fraction of the steps, or a number of steps if 1 or more
+    weight_decay: float = 0.1  # AdamW's, on matrices only
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.95  # AdamW's
+    clip: float = 1.0  # largest norm of the gradient
+    capacity_warmup: int = 0  # steps in which capacities fall from 1 to their values on a half cosine
+    doc_mask: bool = False  # attention never crosses a document border (end-of-text opens the next document)
+    seed: int = 0  # of the initial weights and of the order of the data
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # autocast to bf16, fp32 without autocast, or auto: what this machine multiplies faster
+    compile: bool = True  # torch.compile the model
+    parallel: str = "ddp"  # under torchrun: ddp (a replica per process) or fsdp (weights and optimizer sharded)
+    checkpoint_recursions: bool = False  # recompute each recursion in the backward pass: less memory, more time
+    log_every: int = 20  # steps between log lines
+    eval_every: int = 200  # steps between evaluations
+    eval_tokens: int = 65536  # tokens of the fixed validation blocks
+    save_every: int = 0  # steps between checkpoints; 0: at every evaluation
+    keep: int = 2  # newest checkpoints to keep; the best one is kept besides
+    resume: str = "auto"  # auto: from the newest good checkpoint in --out; never; or a checkpoint file
+    cooldown_from: str = ""  # checkpoint on the plateau of another run, to cool down from in --steps steps
+    max_skipped: int = 10  # stop after this many non-finite updates in a row (each is skipped)
+    tensorboard: bool = False  # also write TensorBoard events to --out
+    wandb: bool = False  # also log to Weights & Biases
+
+    def problems(self) -> list[str]:
+        rules = (
+            ("steps batch_tokens micro_batch log_every eval_every", "at least 1", lambda x: x >= 1),
+            ("eval_tokens keep max_skipped", "at least 1", lambda x: x >= 1),
+            ("warmup cooldown weight_decay", "a finite number >= 0", lambda x: 0 <= x < math.inf),
+            ("capacity_warmup save_every seed", "at least 0", lambda x: x >= 0),
+            ("lr clip", "a finite number > 0", lambda x: 0 < x < math.inf),
+            ("beta1 beta2", "in [0, 1)", lambda x: 0 <= x < 1),
+        )
+        wrong = ((n, must) for names, must, good in rules for n in names.split() if not good(getattr(self, n)))
+        return [f"{flag(n)} {getattr(self, n)} must be {must}" for n, must in wrong]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict]:
+    """Flags generated from the fields of both dataclasses -> (TrainConfig, the MoRConfig fields that were given)."""
+    parser = Parser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS, allow_abbrev=False
+    )
+    for cls, title in ((TrainConfig, "training"), (MoRConfig, "model (default: what --preset says)")):
+        group = parser.add_argument_group(title)
+        helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+        for f in fields(cls):
+            text = helps.get(f.name, "").replace("%", "%%")
+            if cls is TrainConfig or f.name in MODEL_DEFAULTS:
+                text += f" (default: {MODEL_DEFAULTS.get(f.name, f.default)!s})"
+            if f.type is bool:
+                group.add_argument(flag(f.name), action=BooleanOptionalAction, help=text)
+                continue
+            choices = [c for c in (CHOICES | MODEL_CHOICES).get(f.name, ()) if c is not None] or None
+            metavar = None if choices else "X"
+            group.add_argument(flag(f.name), type=converter(f.type), choices=choices, metavar=metavar, help=text)
+    given = vars(parser.parse_args(argv))
+    cfg = TrainConfig(**{f.name: given[f.name] for f in fields(TrainConfig) if f.name in given})
+    if problems := cfg.problems():
+        fail("; ".join(problems))
+    return cfg, {f.name: given[f.name] for f in fields(MoRConfig) if f.name in given}
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(x) for x in text.split(","))
+
+
+def converter(annotation):
+    """What reads a flag of this type: int, float, str, `numbers` for a tuple ("1,0.5"), or for one of them or None."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    return numbers if typing.get_origin(annotation) is tuple else annotation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+@dataclass
+class World:
+    """This process among the others. Everything works unchanged when it is alone."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def chief(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        if self.chief:
+            print(text, flush=True)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def agree(self, yes: bool) -> bool:
+        """Whether any process says yes. Always over gloo on the CPU: asking must not wait for the GPU."""
+        if self.size == 1:
+            return yes
+        answer = torch.tensor(int(yes))
+        dist.all_reduce(answer, dist.ReduceOp.MAX)
+        return bool(answer)
+
+    def chief_does(self, function, *args):
+        """Runs it on the chief -> its result there, None elsewhere. If it fail()s, every process exits with it."""
+        result = problem = None
+        if self.chief:
+            try:
+                result = function(*args)
+            except SystemExit as e:
+                problem = e
+        if self.agree(problem is not None):
+            raise problem or SystemExit(2)
+        return result
+
+    def share(self, obj):
+        """The chief's object, on every process."""
+        if self.size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+
+def pick_device(cfg: TrainConfig, local_rank: int) -> torch.device:
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(n for n in ("cuda", "mps", "cpu") if has[n]) if cfg.device == "auto" else cfg.device
+    if not has[name]:
+        fail(f"--device {name}: this PyTorch ({torch.__version__}) sees no such device; use --device auto")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        fail(f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} present; lower --nproc_per_node")
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+
+
+def join_world(cfg: TrainConfig) -> World:
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if cfg.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+        fail("--parallel fsdp shards over processes: start it as torchrun --nproc_per_node=N train.py ...")
+    world = World(pick_device(cfg, local), rank, size, local)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+        torch.set_float32_matmul_precision("high")
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
+    return world
+
+
+def faster_dtype(device: torch.device) -> str:
+    """bf16 where this machine multiplies it faster than fp32: not on every CPU."""
+    return "bf16" if measure_peak(device, torch.bfloat16) > measure_peak(device, torch.float32) else "fp32"
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
+    """FLOP/s of a large square matrix product on this device, the best of many: what "percent of peak" refers to."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end or best == math.inf:
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+class Blocks:
+    """The training tokens cut into blocks of T (+1 for the last target), in a new random order every epoch. Sequence
+    number i counts over the whole run: the position in the data is one number, and nothing is ever replayed."""
+
+    def __init__(self, shards: Shards, T: int, seed: int):
+        self.shards, self.T, self.seed = shards, T, seed
+        self.count = (len(shards) - 1) // T
+        self.epoch, self.order = -1, None
+
+    def row(self, i: int) -> np.ndarray:
+        """Tokens [T+1] of sequence i."""
+        epoch, i = divmod(i, self.count)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        return self.shards.tokens(int(self.order[i]) * self.T, self.T + 1)
+
+    def batches(self, first: int, count: int, size: int) -> Iterator[np.ndarray]:
+        """Sequences first..first+count in batches [size, T+1]."""
+        for start in range(first, first + count, size):
+            yield np.stack([self.row(i) for i in range(start, start + size)])
+
+
+def to_device(rows: np.ndarray, eot: int | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens [B, T+1] -> idx, targets [B, T], and segments [B, T] if eot is given: each end-of-text opens a document,
+    so that every target is predicted from its own document, a document's first token too."""
+    rows = torch.from_numpy(rows.astype(np.int64))
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True)
+    idx, targets = rows[:, :-1].clone(), rows[:, 1:].clone()  # contiguous() would share memory where B is 1
+    return idx, targets, None if eot is None else (idx == eot).cumsum(1)
+
+
+def validation_rows(shards: Shards, T: int, tokens: int) -> np.ndarray:
+    """The fixed evaluation blocks [E, T+1], evenly spread over the validation tokens."""
+    available = (len(shards) - 1) // T
+    picks = np.linspace(0, available - 1, min(available, max(1, tokens // T))).round().astype(int)
+    return np.stack([shards.tokens(int(i) * T, T + 1) for i in picks])
+
+
+def open_data(cfg: TrainConfig, given: dict) -> tuple[dict, Shards, Shards, MoRConfig]:
+    """Checks all that can be checked before anything is computed."""
+    meta = load_meta(cfg.data)
+    train, val = Shards(cfg.data, "train"), Shards(cfg.data, "val")
+    settings = MODEL_DEFAULTS | {"vocab_size": meta["vocab_size"]} | given
+    try:
+        config = MoRConfig.preset(cfg.preset, **settings)
+    except ValueError as e:
+        fail(str(e))
+    T = config.block_size
+    if config.vocab_size < meta["vocab_size"]:
+        fail(f"--vocab-size {config.vocab_size} is below the {meta['vocab_size']} of {cfg.data}: leave the flag out")
+    if cfg.batch_tokens % T:
+        near = max(1, round(cfg.batch_tokens / T)) * T
+        fail(f"--batch-tokens {cfg.batch_tokens} must be a multiple of the block size {T}: use {near}")
+    if (sequences := cfg.batch_tokens // T) % (processes := int(os.environ.get("WORLD_SIZE", 1))):
+        fail(f"--batch-tokens {cfg.batch_tokens}: {processes} processes cannot share its {sequences} sequences equally")
+    if (len(train) - 1) // T < sequences:
+        fail(f"{cfg.data} has {len(train)} training tokens, less than one batch: lower --batch-tokens")
+    if len(val) <= T:
+        fail(f"{cfg.data} has {len(val)} validation tokens, not one block of {T}: prepare with a larger --val-fraction")
+    return meta, train, val, config
+
+
+def check_ids(cfg: TrainConfig, shards: tuple[Shards, ...], vocab_size: int, world: World) -> None:
+    """Every token id against the vocabulary; the processes divide the reading."""
+    piece, largest = 1 << 24, 0
+    for tokens in (m for s in shards for m in s.maps):
+        for start in range(world.rank * piece, len(tokens), world.size * piece):
+            largest = max(largest, int(tokens[start : start + piece].max()))
+    if world.agree(largest >= vocab_size):
+        fail(f"{cfg.data} holds token ids beyond the vocabulary of {vocab_size} in its meta.json: prepare it again")
+
+
+def bigram_nll(train: Shards, rows: np.ndarray, vocab_size: int, most: int = 1 << 24) -> float:
+    """Nats per token, on the targets of rows [E, T+1], of a Witten-Bell bigram model of the first `most` train tokens:
+    P(b|a) = (count(a, b) + kinds(a) P(b)) / (count(a) + kinds(a)), kinds(a) the number of its different successors."""
+    t = train.tokens(0, min(most, len(train))).astype(np.int64)
+    unigram = (np.bincount(t, minlength=vocab_size) + 1) / (t.size + vocab_size)
+    pairs, counts = np.unique(t[:-1] * vocab_size + t[1:], return_counts=True)
+    context = np.bincount(t[:-1], minlength=vocab_size)
+    kinds = np.bincount(pairs // vocab_size, minlength=vocab_size)
+    a, b = rows[:, :-1].astype(np.int64).ravel(), rows[:, 1:].astype(np.int64).ravel()
+    place = np.searchsorted(pairs, a * vocab_size + b).clip(max=pairs.size - 1)
+    seen = np.where(pairs[place] == a * vocab_size + b, counts[place], 0)
+    p = np.where(context[a] > 0, (seen + kinds[a] * unigram[b]) / np.maximum(context[a] + kinds[a], 1), unigram[b])
+    return float(-np.log(p).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules: functions of the step, outside the compiled model
+
+
+@dataclass
+class Schedule:
+    """The learning rate and the capacities of a step, in numbers of steps; saved in checkpoints."""
+
+    lr: float
+    kind: str
+    steps: int
+    warmup: int
+    cooldown: int
+    capacity_warmup: int
+
+    @classmethod
+    def of(cls, cfg: TrainConfig) -> "Schedule":
+        warmup, cooldown = (round(x if x >= 1 else x * cfg.steps) for x in (cfg.warmup, cfg.cooldown))
+        if cfg.schedule == "trapezoid" and warmup + cooldown > cfg.steps:
+            fail(f"a warm-up of {warmup} and a cool-down of {cooldown} steps do not fit into --steps {cfg.steps}")
+        return cls(cfg.lr, cfg.schedule, cfg.steps, warmup, cooldown, cfg.capacity_warmup)
+
+    def cooled(self, step: int, steps: int) -> "Schedule":
+        """This plateau left at `step` for a cool-down of `steps` steps."""
+        if self.kind != "trapezoid" or not self.warmup <= step <= self.steps - self.cooldown:
+            what = f"a {self.kind} of {self.steps} steps, {self.warmup} of warm-up, {self.cooldown} of cool-down"
+            fail(f"--cooldown-from: step {step} is not on a plateau ({what}): choose a checkpoint that is")
+        return replace(self, steps=step + steps, cooldown=steps)
+
+    def rate(self, step: int) -> float:
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.kind == "cosine":
+            done = (step - self.warmup) / max(1, self.steps - self.warmup)
+            return self.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+        return self.lr * min(1.0, (self.steps - step) / max(1, self.cooldown))
+
+    def capacity(self, step: int, config: MoRConfig, device: torch.device) -> Tensor | None:
+        """Capacities [N] of this step while they warm up; None, and the graph with fixed slots, from then on."""
+        if step >= self.capacity_warmup:
+            return None
+        extra = 0.5 + 0.5 * math.cos(math.pi * step / self.capacity_warmup)
+        return torch.tensor([c + (1 - c) * extra for c in config.capacities], device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model on its devices
+
+
+def parallelise(model: MoR, cfg: TrainConfig, world: World) -> torch.nn.Module:
+    """Compiles the model and wraps it for --parallel -> what is called to train; `model` keeps holding the weights."""
+    if cfg.parallel == "fsdp":
+        # First and last layer are groups of their own. The shared block stays in the root group, which is gathered once
+        # per step, serves every recursion and the backward pass, and is reduced once; as a group of its own it would be
+        # gathered in the backward pass, and reduced, once per recursion.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes to keys and values
+        for layer in filter(None, (model.first, model.last)):
+            fully_shard(layer)
+        fully_shard(model, reshard_after_forward=False)
+        if cfg.compile:  # the forward, not the module: gathering is done by hooks, which stay outside the graphs
+            model.forward = torch.compile(model.forward, fullgraph=model.first is None, dynamic=False)
+        return model
+    if cfg.compile:
+        model.compile(fullgraph=True, dynamic=False)
+    if world.size == 1:
+        return model
+    # One graph. Dynamo would split it to overlap the reduction with the backward pass, but the gradient of a shared
+    # block is complete only when recursion 0 is done: there is next to nothing to overlap with.
+    torch._dynamo.config.optimize_ddp = False
+    ids = [world.local_rank] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def sync_gradients(wrapped: torch.nn.Module, last: bool) -> None:
+    """Only the last micro-batch's backward pass communicates. Flags, not no_sync(): the step stays a straight loop."""
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.require_backward_grad_sync = last
+    elif isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+        wrapped.set_reshard_after_backward(last)
+
+
+def make_optimizer(model: MoR, cfg: TrainConfig) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a step
+
+
+NOTHING_DONE = dict(step=0, sequences=0, best_loss=math.inf, best_step=-1, skipped=0)
+
+
+@dataclass
+class Run:
+    """What the loop carries. `progress` is all of it that a checkpoint must hold besides weights and optimizer."""
+
+    cfg: TrainConfig
+    config: MoRConfig
+    world: World
+    meta: dict
+    blocks: Blocks
+    schedule: Schedule
+    model: MoR
+    wrapped: torch.nn.Module
+    optimizer: torch.optim.AdamW
+    bad: Tensor  # non-finite: [in a row, skipped updates, times each of TERMS was the reason]
+    progress: dict = field(default_factory=lambda: dict(NOTHING_DONE))
+
+    @property
+    def out(self) -> Path:
+        return Path(self.cfg.out)
+
+    def autocast(self):
+        return torch.autocast(self.world.device.type, torch.bfloat16) if self.cfg.dtype == "bf16" else nullcontext()
+
+    def micro_batches(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """This process's part of the next global batch."""
+        share = self.cfg.batch_tokens // self.config.block_size // self.world.size
+        size = next(n for n in range(min(share, self.cfg.micro_batch), 0, -1) if share % n == 0)
+        first = self.progress["sequences"] + self.world.rank * share
+        eot = self.meta["eot"] if self.cfg.doc_mask else None
+        return [to_device(rows, eot, self.world.device) for rows in self.blocks.batches(first, share, size)]
+
+
+def train_step(run: Run) -> Tensor:
+    """One optimizer step -> this process's part of [loss, lm, aux, balance, z, depth] and the norm, on the device.
+
+    Nothing here waits for the device: an update that is not finite is skipped through the optimizer's found_inf, as
+    loss scaling does, counted in run.bad, and looked at when a step is logged."""
+    cfg, world, step = run.cfg, run.world, run.progress["step"]
+    batches = run.micro_batches()
+    valid = [(targets != -100).sum() for _, targets, _ in batches]
+    total = world.sum(torch.stack(valid).sum())
+    capacity = run.schedule.capacity(step, run.config, world.device)
+    stats = torch.zeros(2 + len(TERMS), device=world.device)
+    counts = torch.zeros(run.config.n_recursion, device=world.device)
+    for i, (idx, targets, segments) in enumerate(batches):
+        sync_gradients(run.wrapped, last=i == len(batches) - 1)
+        with run.autocast():
+            out = run.wrapped(idx, targets, segments=segments, capacity=capacity)
+        share = valid[i] / total  # of the global batch: losses add up to the mean over all its valid tokens
+        (out.loss * (share * world.size)).backward()  # times size, as DDP and FSDP average over processes
+        terms = [out.losses.get(name, stats.new_zeros(())) for name in TERMS]
+        stats += torch.stack([out.loss.detach(), *terms, out.depth.float().mean()]) * share
+        counts += torch.stack([(out.depth == d + 1).sum() for d in range(run.config.n_recursion)])
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    skip = (~norm.isfinite()).float()
+    run.bad[0] = (run.bad[0] + 1) * skip
+    run.bad[1:] += torch.cat([skip[None], (~stats[1 : 1 + len(TERMS)].isfinite()).float()])
+    run.optimizer.found_inf = skip
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.schedule.rate(step)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.config.router == "token" and run.config.balance == "bias":
+        run.model.update_balance_bias(world.sum(counts))
+    run.progress["step"] += 1
+    run.progress["sequences"] += cfg.batch_tokens // run.config.block_size
+    return torch.cat([stats, norm[None]])
+
+
+def warm_up(run: Run) -> None:
+    """Compiles before the first step, so that a recompile after it is a bug, and raises."""
+    if not run.cfg.compile:
+        return
+    idx, targets, segments = run.micro_batches()[0]
+    capacity = run.schedule.capacity(run.progress["step"], run.config, run.world.device)
+    for name, cap in (("capacity warm-up", capacity), ("training", None)):
+        if name == "training" or cap is not None:
+            start = time.perf_counter()
+            sync_gradients(run.wrapped, last=True)
+            with run.autocast():
+                out = run.wrapped(idx, targets, segments=segments, capacity=cap)
+            (out.loss * 0).backward()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.world.say(f"compiled the {name} graph in {time.perf_counter() - start:.1f} s")
+    torch._dynamo.config.error_on_recompile = True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def evaluate(run: Run, rows: np.ndarray) -> dict:
+    """The evaluation blocks [E, T+1], divided over the processes and reduced exactly -> NLL (nats per token) with
+    causal and with top-k routing, and the health of the router. Eager: two more graphs cost more than they save."""
+    world, config = run.world, run.config
+    size = min(run.cfg.micro_batch, -(-len(rows) // world.size))
+    eot = run.meta["eot"] if run.cfg.doc_mask else None
+    routings = ["causal", "topk"] if config.router == "expert" else ["causal"]
+    if config.router == "expert" and config.causality == "none":
+        routings = ["topk"]
+    sums = dict.fromkeys(routings, 0.0)
+    run.model.eval()
+    with torch.compiler.set_stance("force_eager"), run.autocast():
+        for start in range(0, len(rows), size * world.size):
+            mine = rows[start + world.rank * size :][:size]
+            real = len(mine)  # the rest is filled up with row 0 and ignored, so that every process makes the same calls
+            mine = np.concatenate([mine, rows[:1].repeat(size - real, 0)])
+            idx, targets, segments = to_device(mine, eot, world.device)
+            targets[real:] = -100
+            for routing in routings:
+                out = run.model(idx, targets, routing, segments=segments, return_logits=False)
+                sums[routing] = sums[routing] + tally(out, real, config)
+    run.model.train()
+    metrics = {}
+    for routing in routings:
+        metrics |= report(world.sum(sums[routing]).numpy(), routing, run)
+    return metrics
+
+
+def tally(out: Output, real: int, config: MoRConfig) -> Tensor:
+    """Sums over the first `real` rows of a batch, fp64 [2 + (N+1) + 3N + T]: nll and tokens; tokens per depth 0..N; per
+    recursion the causal decisions that equal the one taken, candidates, probabilities; per position, full depth."""
+    N, depth = config.n_recursion, out.depth[:real]
+    parts = [out.losses["lm"] * depth.numel(), torch.tensor(float(depth.numel()))]
+    parts += [(depth == d).sum() for d in range(N + 1)]
+    router = torch.zeros(*depth.shape, N) if out.router is None else out.router[:real]
+    candidates = [depth >= r for r in range(N)]
+    parts += [((depth > r) == (router[..., r] >= 0))[candidates[r]].sum() for r in range(N)]
+    parts += [c.sum() for c in candidates]
+    p = router.softmax(-1) if config.router == "token" else router.sigmoid()
+    parts += [p[..., r].sum() for r in range(N)]
+    parts += [(depth == N).sum(0)]
+    return torch.cat([part.reshape(-1).cpu().double() for part in parts])
+
+
+def report(sums: np.ndarray, routing: str, run: Run) -> dict:
+    """Metrics out of the sums of tally()."""
+    N = run.config.n_recursion
+    (nll, tokens), depths, agree, candidates, p, last = np.split(sums, np.cumsum([2, N + 1, N, N, N]))
+    name = "val_loss" if routing == "causal" else "val_topk"
+    metrics = {name: float(nll / tokens)}
+    if run.meta["val_bytes"]:  # unknown for shards without meta.json
+        metrics[name + "_bpb"] = metrics[name] / math.log(2) * run.meta["val_tokens"] / run.meta["val_bytes"]
+    if run.config.router == "none":
+        return metrics
+    selected = depths[::-1].cumsum()[::-1][1:] / tokens
+    metrics["selected" if routing == "causal" else "selected_topk"] = selected.round(6).tolist()
+    if routing == "causal":
+        metrics["depth"] = float(selected.sum())
+        metrics["maxvio"] = float(depths[1:].max() / depths[1:].mean() - 1)  # load: the tokens that leave at each depth
+    if routing == "topk" or run.config.router == "token":
+        share = p / p.sum()
+        metrics["entropy"] = float(-(share * np.log(share + 1e-30)).sum())
+        metrics["dead"] = float((last == 0).mean())  # positions that no evaluation block sends to the last recursion
+    if routing == "topk":
+        chosen = [r for r in range(N) if run.config.capacities[r] < 1]
+        metrics["agreement"] = [round(float(agree[r] / max(1, candidates[r])), 6) for r in chosen]
+    return metrics
+
+
+def router_warnings(metrics: dict, config: MoRConfig) -> list[str]:
+    """What a collapsing router looks like, in words."""
+    found, selected = [], metrics.get("selected", [])
+    if config.router == "token":
+        for d, share in enumerate(-np.diff([*selected, 0.0]), 1):  # share of the tokens that leave at depth d
+            if share < 0.02:
+                found.append(f"{share:.1%} of the tokens choose depth {d}: raise --balance-coef, or use --balance bias")
+    if config.router == "expert":
+        for r, (by_threshold, by_topk) in enumerate(zip(selected, config.capacities, strict=False)):
+            if not by_topk / 2 <= by_threshold <= (1.5 + by_topk) / 2:
+                what = f"{by_threshold:.1%} of the tokens by threshold, {by_topk:.1%} by top-k"
+                found.append(f"recursion {r} takes {what}: train longer, or raise --aux-coef")
+        if metrics.get("dead", 0) > 0.5:
+            found.append(f"{metrics['dead']:.0%} of the positions never reach the last recursion")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+GATHER = gathered.StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file from 1 process, DDP and FSDP
+SCATTER = gathered.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def save(run: Run) -> None:
+    """Writes ckpt_STEP.pt so that at every moment either the whole file exists or none of it; then prunes."""
+    world, step = run.world, run.progress["step"]
+    run.progress["skipped"] = int(run.bad[1])
+    state = dict(
+        model=gathered.get_model_state_dict(run.model, options=GATHER),
+        optimizer=gathered.get_optimizer_state_dict(run.model, run.optimizer, options=GATHER),
+        config=run_config(run),
+        schedule=asdict(run.schedule),
+        rng=torch.get_rng_state(),
+        **run.progress,
+    )
+    problem = None
+    if world.chief:
+        try:
+            write_atomically(run.out / f"ckpt_{step:06d}.pt", lambda f: torch.save(state, f))
+            keep = [run.progress["best_step"], *sorted(map(step_of, run.out.glob("ckpt_*.pt")))[-run.cfg.keep :]]
+            for path in run.out.glob("ckpt_*.pt"):
+                if step_of(path) not in keep:
+                    path.unlink()
+        except (OSError, RuntimeError) as e:
+            problem = f"cannot save the checkpoint of step {step} in {run.out}: {e}; earlier checkpoints are intact"
+    if problem := world.share(problem):
+        fail(" ".join(problem.split()))
+
+
+def run_config(run: Run) -> dict:
+    return dict(model=run.config.asdict(), train=asdict(run.cfg), data=run.meta)
+
+
+def step_of(path: Path) -> int:
+    digits = path.stem.removeprefix("ckpt_")
+    return int(digits) if digits.isdigit() else -1
+
+
+def write_atomically(path: Path, write) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)  # the rename itself must survive a power cut
+        os.close(directory)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint whose every byte is accounted for; anything else raises. torch.load ignores the checksums that
+    torch.save puts into the file (a zip archive), so they are checked here."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"checksum of {damaged} does not match")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    missing = {"model", "optimizer", "config", "schedule", "step", "sequences"} - checkpoint.keys()
+    if missing:
+        raise ValueError(f"no {', '.join(sorted(missing))} in it")
+    return checkpoint
+
+
+def find_checkpoint(cfg: TrainConfig) -> tuple[Path, dict] | None:
+    """What to continue from: the newest good checkpoint in --out, --resume's, or where --cooldown-from starts."""
+    paths = sorted(Path(cfg.out).glob("ckpt_*.pt"), key=step_of, reverse=True)
+    named = cfg.resume if cfg.resume not in ("auto", "never") else "" if paths else cfg.cooldown_from
+    if cfg.resume == "never" and paths:
+        fail(f"--resume never: {cfg.out} holds {paths[0].name}: choose another --out, or remove that directory")
+    if named and not Path(named).is_file():
+        fail(f"checkpoint {named} does not exist")
+    if named and paths and step_of(Path(named)) < step_of(paths[0]):
+        fail(f"--resume {named}: {cfg.out} holds the later {paths[0].name}: choose another --out, or remove that file")
+    for path in [Path(named)] if named else paths:
+        try:
+            return path, read_checkpoint(path)
+        except Exception as e:  # whatever unpickling damaged bytes comes up with
+            reason = f"checkpoint {path} is damaged ({' '.join(str(e).split())[:200] or type(e).__name__})"
+            if named:
+                fail(f"{reason}: use another one")
+            print(f"warning: {reason}: trying the one before", file=sys.stderr, flush=True)
+    if paths:
+        fail(f"every checkpoint in {cfg.out} is damaged: remove that directory to start over")
+    return None
+
+
+def check_same_run(run_now: dict, then: dict, path: Path) -> list[str]:
+    """Refuses another model or tokenizer; -> what else differs between this command and the checkpoint's, in words."""
+    now, then = (json.loads(json.dumps(c)) for c in (run_now, then))  # tuples become lists on both sides
+    differ = {part: [k for k in now[part] if now[part][k] != then[part].get(k)] for part in ("model", "train", "data")}
+    model = [f"{k} {then['model'].get(k)} there, {now['model'][k]} here" for k in differ["model"]]
+    if model:
+        fail(f"{path} is another model ({', '.join(model)}): repeat its flags, or choose another --out")
+    theirs, ours = ((c["data"]["tokenizer"], c["data"]["vocab_size"]) for c in (then, now))
+    if theirs != ours:
+        fail(f"{path} was trained with tokenizer {theirs}, {now['train']['data']} has {ours}: use data of the same one")
+    harmless = "out resume cooldown_from data device dtype compile log_every keep tensorboard wandb".split()
+    notes = [f"{k} {then['train'].get(k)} -> {now['train'][k]}" for k in differ["train"] if k not in harmless]
+    return notes + ["data (its blocks come in another order from here)"] * bool(differ["data"])
+
+
+def restore(run: Run, checkpoint: dict | None, shared: dict) -> None:
+    """Weights, optimizer and progress out of a checkpoint that the chief has read, whatever processes wrote it."""
+    options = replace(SCATTER, broadcast_from_rank0=dist.is_initialized())
+    weights, optimizer = (checkpoint["model"], checkpoint["optimizer"]) if run.world.chief else ({}, {})
+    gathered.set_model_state_dict(run.model, weights, options=options)
+    gathered.set_optimizer_state_dict(run.model, run.optimizer, optimizer, options=options)
+    run.progress = {k: shared[k] for k in run.progress}
+    run.bad[1] = run.progress["skipped"]
+    torch.set_rng_state(shared["rng"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is told: log, metrics.jsonl, picture
+
+
+def record(run: Run, row: dict, sinks: list) -> None:
+    """One line of metrics.jsonl, and the same to the optional sinks."""
+    if not run.world.chief:
+        return
+    row = dict(step=run.progress["step"]) | row
+    try:
+        with open(run.out / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+    except OSError as e:
+        fail(f"cannot write {run.out / 'metrics.jsonl'}: {e.strerror}; checkpoints are intact")
+    for log, _ in sinks:
+        log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """Rows of metrics.jsonl; a line torn by a kill is left out."""
+    rows = []
+    if (out / "metrics.jsonl").exists():
+        for line in (out / "metrics.jsonl").read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def start_run_directory(run: Run) -> None:
+    """config.json, and metrics.jsonl without what was logged after the checkpoint that the run continues from."""
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        for leftover in run.out.glob("*.tmp"):
+            leftover.unlink()
+        rows = [row for row in read_metrics(run.out) if row["step"] <= run.progress["step"] and run.progress["step"]]
+        text = json.dumps(run_config(run), indent=1)
+        write_atomically(run.out / "config.json", lambda f: f.write(text.encode()))
+        ranks = Path(run.cfg.data, run.meta["tokenizer"])
+        if ranks.suffix == ".tiktoken" and ranks.exists():  # so that the run can be sampled wherever it is moved
+            shutil.copyfile(ranks, run.out / ranks.name)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(run.out / "metrics.jsonl", lambda f: f.write(text.encode()))
+    except OSError as e:
+        fail(f"cannot write to --out {run.out}: {e.strerror}")
+
+
+def open_sinks(cfg: TrainConfig) -> list:
+    """The optional ones: (log(numbers, step), close()) each."""
+    sinks = []
+    try:
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(cfg.out)
+            log = lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]  # noqa: E731
+            sinks.append((log, writer.close))
+        if cfg.wandb:
+            import wandb
+
+            wandb.init(project="nanomor", name=Path(cfg.out).name, dir=cfg.out, config=asdict(cfg))
+            sinks.append((wandb.log, wandb.finish))
+    except ImportError as e:
+        fail(f"{e}: --tensorboard and --wandb need the packages of those names; pip install them")
+    return sinks
+
+
+def log_step(run: Run, stats: Tensor, seconds: float, steps: int, peak: float, sinks: list) -> None:
+    """The one place of the loop that waits for the device: what `steps` steps in `seconds` came to."""
+    cfg, world, step = run.cfg, run.world, run.progress["step"]
+    loss, lm, *others, depth = world.sum(stats[:-1].clone()).tolist()
+    row = dict(loss=loss, lm=lm) | {k: v for k, v in zip(TERMS[1:], others, strict=True) if v != 0}
+    row |= dict(depth=depth, norm=float(stats[-1]), lr=run.optimizer.param_groups[0]["lr"])
+    rate = steps * cfg.batch_tokens / seconds
+    flops = 3 * run.model.flops_per_token(run.config.block_size, head=True) * rate  # backward is twice the forward
+    row |= dict(tokens_per_second=rate, flops_per_second=flops, of_peak=flops / peak, skipped=int(run.bad[1]))
+    record(run, row, sinks)
+    shown = "  ".join(f"{k} {v:.2e}" if k == "lr" else f"{k} {v:.4g}" for k, v in list(row.items())[:-4])
+    minutes, left = divmod(int((run.schedule.steps - step) * seconds / steps), 60)
+    world.say(
+        f"step {step:>5}/{run.schedule.steps}  {shown}  {rate:,.0f} tok/s  {flops / 1e12:.3f} TFLOP/s"
+        f" {flops / peak:.0%} of peak  eta {minutes}:{left:02d}" + f"  skipped {row['skipped']}" * bool(row["skipped"])
+    )
+    if run.bad[0] >= cfg.max_skipped:
+        counts = zip(TERMS, world.sum(run.bad[2:].clone()).tolist(), strict=True)
+        blame = ", ".join(f"{k} {int(n)} times" for k, n in counts if n) or "the gradient, no loss"
+        good = max(run.out.glob("ckpt_*.pt"), key=step_of, default="none yet")
+        what = f"{int(run.bad[0])} updates in a row were not finite, all skipped (not finite: {blame})"
+        world.chief_does(fail, f"{what}; the last good checkpoint: {good}; lower --lr or raise --warmup")
+
+
+def model_name(run: Run) -> str:
+    c = run.config
+    layers = f"1+{c.n_block}x{c.n_recursion}+1" if c.n_unshared else f"{c.n_block}x{c.n_recursion}"
+    return f"{run.cfg.preset}: {c.router} router, {layers} layers, {run.model.num_params() / 1e6:.2f}M + embedding"
+
+
+def main_loss(metrics: dict) -> str:
+    return "val_loss" if "val_loss" in metrics else "val_topk"
+
+
+def describe(metrics: dict) -> str:
+    parts = {k: "/".join(f"{x:.3f}" for x in v) if isinstance(v, list) else f"{v:.4f}" for k, v in metrics.items()}
+    return "  ".join(f"{k} {v}" for k, v in parts.items())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the allocator on CUDA, of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def plot(run: Run, bigram: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    styles = {"lm": ("training", "-"), "val_loss": ("validation", "o-"), "val_topk": ("validation, top-k", "x--")}
+    for key, (label, style) in styles.items():
+        points = [(row["step"], row[key]) for row in read_metrics(run.out) if key in row]
+        if points:
+            ax.plot(*zip(*points, strict=True), style, label=label)
+    ax.axhline(bigram, color="gray", ls=":", label="bigram model")
+    title = f"{run.out.name}: {run.cfg.preset}, {run.config.router} router, N = {run.config.n_recursion}"
+    ax.set(xlabel="step", ylabel="nats per token", title=title)
+    ax.legend()
+    plt.savefig(run.out / "loss.png", dpi=120)
+    plt.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def continue_from(run: Run, path: Path, checkpoint: dict | None, shared: dict) -> None:
+    """Resumes, or leaves a plateau for its cool-down. Says precisely what will not be as it was."""
+    notes = run.world.chief_does(check_same_run, run_config(run), shared["config"], path)
+    run.schedule = run.world.share(run.world.chief_does(next_schedule, run, path, shared))
+    restore(run, checkpoint, shared)
+    if run.cfg.cooldown_from and path.parent != run.out:
+        run.progress.update(best_loss=math.inf, best_step=-1)
+    run.world.say(f"continuing from {path}" + (f"; changed since: {', '.join(notes)}" if notes else ""))
+
+
+def next_schedule(run: Run, path: Path, shared: dict) -> Schedule:
+    there, step = Schedule(**shared["schedule"]), shared["step"]
+    if run.cfg.cooldown_from:  # from another run's plateau, or a cool-down that was interrupted
+        return there if path.parent == run.out else there.cooled(step, run.cfg.steps)
+    if step > run.schedule.steps:
+        fail(f"{path} has done {step} steps already, more than --steps {run.schedule.steps}")
+    return run.schedule
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C: finish the step, save, exit 0. A second Ctrl-C stops at once, unless within a second of the
+    first: under torchrun the terminal and torchrun both deliver the same one."""
+
+    def __init__(self):
+        self.since = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, _frame) -> None:
+        if self.since is None:
+            self.since = time.monotonic()
+            os.write(2, b"stopping after this step\n")  # not print(), which may be what was interrupted
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
+            os._exit(130)
+
+
+def train(run: Run, rows: np.ndarray, peak: float, sinks: list, stop: StopRequest) -> dict | None:
+    """Steps, evaluations, checkpoints -> metrics of the last evaluation; None if asked to stop before. Goes round once
+    more than there are steps, so that the last weights are evaluated and saved as well."""
+    cfg, world, progress = run.cfg, run.world, run.progress
+    first, save_every = progress["step"], cfg.save_every or cfg.eval_every
+    mark, marked, metrics = time.perf_counter(), first, None
+    while True:
+        step, stopping = progress["step"], world.agree(stop.since is not None)
+        done, fresh = step == run.schedule.steps, step > first  # not fresh: evaluated and saved before the restart
+        saving = fresh and (done or stopping or step % save_every == 0)
+        if done or (fresh and step % cfg.eval_every == 0 and not stopping):
+            metrics = evaluate(run, rows)
+            if fresh:
+                record(run, metrics, sinks)
+            if saving and metrics[main_loss(metrics)] < progress["best_loss"]:
+                progress.update(best_loss=metrics[main_loss(metrics)], best_step=step)
+            world.say(f"step {step:>5}  evaluation: {describe(metrics)}")
+            for warning in router_warnings(metrics, run.config) if step >= run.schedule.steps // 2 else []:
+                world.say(f"warning: {warning}")
+        if saving:
+            save(run)
+        if done or stopping:
+            if stopping and not done:
+                world.say(f"stopped after step {step}; the same command continues from {run.out}")
+            return metrics if done else None
+        if not fresh or saving or step % cfg.eval_every == 0:
+            mark, marked = time.perf_counter(), step  # evaluating and saving are not training speed
+        stats = train_step(run)
+        if (step + 1) % cfg.log_every == 0 or step + 1 == run.schedule.steps:
+            stats, now = stats.cpu(), time.perf_counter()
+            log_step(run, stats, now - mark, step + 1 - marked, peak, sinks)
+            mark, marked = now, step + 1
+
+
+def main(argv: list[str] | None = None) -> None:
+    stderr = sys.stderr
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        sys.stderr = open(os.devnull, "w")  # every process finds the same mistakes: one line per node is enough
+    cfg, given = read_flags(argv)
+    meta, train_shards, val_shards, config = open_data(cfg, given)
+    schedule = Schedule.of(cfg)
+    world = join_world(cfg)
+    check_ids(cfg, (train_shards, val_shards), meta["vocab_size"], world)
+    sys.stderr = stderr
+
+    path, checkpoint = world.chief_does(find_checkpoint, cfg) or (None, None)
+    shared = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")} if checkpoint else None
+    path, shared = world.share((path, shared))
+    if cfg.dtype == "auto":
+        cfg.dtype = shared["config"]["train"]["dtype"] if shared else world.share(faster_dtype(world.device))
+    peak = measure_peak(world.device, torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
+    peak = float(world.sum(torch.tensor(peak)))
+
+    torch.manual_seed(cfg.seed)
+    model = MoR(config).to(world.device)
+    model.checkpoint_recursions = cfg.checkpoint_recursions
+    wrapped = parallelise(model, cfg, world)
+    blocks = Blocks(train_shards, config.block_size, cfg.seed)
+    bad = torch.zeros(2 + len(TERMS), device=world.device)
+    run = Run(cfg, config, world, meta, blocks, schedule, model, wrapped, make_optimizer(model, cfg), bad)
+    world.say(f"{model_name(run)} on {world.size} x {world.device.type}, {cfg.dtype}, peak {peak / 1e12:.2f} TFLOP/s")
+    if shared:
+        continue_from(run, path, checkpoint, shared)
+        del checkpoint
+    world.chief_does(start_run_directory, run)
+    sinks = world.chief_does(open_sinks, cfg) or []
+    stop = StopRequest()
+    warm_up(run)
+    rows = validation_rows(val_shards, config.block_size, cfg.eval_tokens)
+    metrics = train(run, rows, peak, sinks, stop)
+    for _, close in sinks:
+        close()
+    if metrics and world.chief:
+        bigram = bigram_nll(train_shards, rows, meta["vocab_size"])
+        plot(run, bigram)
+        losses = {"causal": "val_loss", "top-k": "val_topk"}
+        nll = "  ".join(f"{name} {metrics[key]:.4f}" for name, key in losses.items() if key in metrics)
+        print(f"validation, nats per token:  {nll}  (a bigram model of the same tokens: {bigram:.4f})")
+        print(f"peak memory {peak_memory(world.device) / 2**20:,.0f} MiB; everything is in {run.out}", flush=True)
+
+
+if __name__ == "__main__":
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    if dist.is_initialized():
+        # Without destructors: gloo's joins a thread that may be waiting for the GIL, which its caller holds.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
