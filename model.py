@@ -21,7 +21,7 @@ accounting, weights in).
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -284,10 +284,88 @@ class Layer(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [B, K, H, E] over k, v [B, S, G, E] -> [B, K, H, E]; mask bool [B, 1, K, S], None for causal with S = K."""
+    """q [B, K, H, E] over k, v [B, S, G, E] -> [B, K, H, E]. mask bool [B, 1, K, S] never reaches beyond key S - K + i
+    for query i; None: causal, S = K."""
+    if q.device.type == "cpu":
+        return attend_on_cpu(q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     gqa = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa).transpose(1, 2)
+
+
+# On CPUs SDPA takes three times as long as these batched matrix products over a few queries at a time, whose scores
+# stay in the processor's caches. Custom operators, since inlined into the graph they would double its compile time.
+
+
+def grouped(x: Tensor, G: int) -> Tensor:
+    """[B, T, heads, E] -> [B*G, heads/G * T, E] for heads that share a key head: query t of head i is row i*T + t."""
+    B, T, heads, E = x.shape
+    return x.view(B, T, G, heads // G, E).permute(0, 2, 3, 1, 4).reshape(B * G, -1, E)
+
+
+def ungrouped(x: Tensor, B: int, T: int) -> Tensor:
+    BG, rows, E = x.shape
+    return x.view(B, BG // B, rows // T, T, E).permute(0, 3, 1, 2, 4).reshape(B, T, -1, E).contiguous()
+
+
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, rows: int = 64) -> Iterator[tuple[slice, int, Tensor]]:
+    """Attention weights, a block of queries at a time with the keys that they may see: q [B, K, H, E], k [B, S, G, E]
+    -> (slice of queries, number of keys, weights [B*G, H/G * rows, keys])."""
+    (B, K, H, E), (S, G) = q.shape, k.shape[1:3]
+    keys_first = grouped(k, G).mT
+    for start in range(0, K, rows):
+        at = slice(start, min(start + rows, K))
+        n, keys = at.stop - start, S - K + at.stop
+        score = torch.bmm(grouped(q[:, at] * E**-0.5, G), keys_first[..., :keys])
+        view = score.view(B, G, H // G, n, keys)
+        # not -inf: a surplus slot may see nothing, and 0 * nan is not 0
+        if mask is None:
+            above = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+            view[..., start:].masked_fill_(above, torch.finfo(q.dtype).min)
+        else:
+            view.masked_fill_(~mask[:, :, None, at, :keys], torch.finfo(q.dtype).min)
+        yield at, keys, score.softmax(-1)
+
+
+@torch.library.custom_op("nanomor::attend_on_cpu", mutates_args=())
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    out, values = torch.empty_like(q), grouped(v, v.size(2))
+    for at, keys, weight in probabilities(q, k, mask):
+        out[:, at] = ungrouped(torch.bmm(weight, values[:, :keys]), q.size(0), at.stop - at.start)
+    return out
+
+
+@torch.library.custom_op("nanomor::attend_on_cpu_backward", mutates_args=())
+def attend_on_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights are computed again: keeping them would take K * S / 2 numbers a head and layer."""
+    (B, S, G, E), exact = k.shape, torch.promote_types(k.dtype, torch.float32)
+    dq, k_, v_ = torch.empty_like(q), grouped(k, G), grouped(v, G)
+    dk, dv = (torch.zeros(B * G, S, E, dtype=exact, device=k.device) for _ in range(2))
+    for at, keys, weight in probabilities(q, k, mask):
+        q_, grad_ = grouped(q[:, at] * E**-0.5, G), grouped(grad[:, at], G)
+        dv[:, :keys] += torch.bmm(weight.mT, grad_)
+        dscore = torch._softmax_backward_data(torch.bmm(grad_, v_[:, :keys].mT), weight, -1, q.dtype)
+        dk[:, :keys] += torch.bmm(dscore.mT, q_)
+        dq[:, at] = ungrouped(torch.bmm(dscore, k_[:, :keys]) * E**-0.5, B, at.stop - at.start)
+    return dq, ungrouped(dk, B, S).to(k.dtype), ungrouped(dv, B, S).to(v.dtype)
+
+
+@attend_on_cpu.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.empty_like(q)
+
+
+@attend_on_cpu_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+attend_on_cpu.register_autograd(
+    lambda ctx, grad: (*attend_on_cpu_backward(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
@@ -486,7 +564,7 @@ class View:
         k, v = self.cache.k[self.layer + j], self.cache.v[self.layer + j]
         if self.row is ...:
             window = ..., slice(self.start, self.start + self.slots), slice(None), slice(None)
-        else:  # an index, not a copy: compiled, it is fused into the attention that reads it
+        else:  # compiled, the index is fused into the attention that reads it (flash-attn gets a copy)
             slot = self.start + torch.arange(self.slots, device=k.device)
             window = self.row[:, None], slot.clamp(max=k.size(1) - 1).expand(len(self.row), -1)
         return k[window], v[window]

@@ -8,8 +8,10 @@ import reference
 import torch
 import torch.nn.functional as F
 from conftest import load_golden, make_batch, make_model, relative, tiny
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as model_module
 from model import MoR, MoRConfig
 
 EXPERT = dict(n_recursion=3, router="expert", aux_coef=0.3)
@@ -238,6 +240,56 @@ def test_topk_takes_floor_of_capacity_times_length(N):
         for out in (model(idx), warm):
             taken = [int((out.depth > r).sum()) for r in range(N)]
             assert taken == [max(1, (N - r) * T // N) for r in range(N)], T
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def attention_case(K: int, S: int, kind: str) -> tuple[list[Tensor], Tensor | None]:
+    """q, k, v in fp64, and the mask: of K ascending positions among S, and of documents."""
+    g = torch.Generator().manual_seed(K)
+    shapes = (2, K, 6, 8), (2, S, 3, 8), (2, S, 3, 8)
+    tensors = [torch.randn(shape, generator=g, dtype=torch.double).requires_grad_() for shape in shapes]
+    if kind == "causal":
+        return tensors, None
+    position = torch.stack([torch.randperm(S, generator=g)[:K].sort().values for _ in range(2)])
+    mask = position[:, None, :, None] >= torch.arange(S)
+    if kind == "documents":
+        segment = torch.arange(S) // 50
+        mask = mask & (segment[position][:, None, :, None] == segment)
+    return tensors, mask
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("K, S, kind", [(37, 37, "causal"), (300, 300, "causal"), (130, 200, "some"),
+                                        (256, 256, "documents"), (1, 70, "some")])  # fmt: skip
+def test_attention_on_cpu_is_sdpa(K, S, kind):
+    """Output and gradients, over several blocks of queries; and all that torch demands of an operator."""
+    results = []
+    for function in (model_module.attend, sdpa):
+        tensors, mask = attention_case(K, S, kind)
+        y = function(*tensors, mask)
+        results.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    torch.library.opcheck(torch.ops.nanomor.attend_on_cpu.default, (*tensors, mask))
+    tensors = [t.detach() for t in tensors]
+    torch.library.opcheck(
+        torch.ops.nanomor.attend_on_cpu_backward.default, (torch.ones_like(tensors[0]), *tensors, mask)
+    )
+
+
+def test_attention_on_cpu_gives_numbers_to_a_query_that_sees_nothing():
+    """Surplus slots may: what they compute is dropped by a product with 0, so it must be finite."""
+    (q, k, v), mask = attention_case(130, 200, "some")
+    mask[:, :, -1] = False
+    y = model_module.attend(q, k, v, mask)
+    assert y.isfinite().all() and all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), (q, k, v)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
