@@ -19,14 +19,14 @@ data/python/meta.json: | .venv/run.stamp
 	$(BIN)/python prepare.py python --out data/python --val-fraction 0.03
 
 test: .venv/dev.stamp
-	$(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 
 soak: .venv/dev.stamp
-	$(BIN)/pytest -m soak
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak
 
 clean:
 	rm -rf data out build *.egg-info .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -8,6 +8,10 @@ What a Mixture-of-Recursions costs and how fast it is, beside its baselines, mea
     python bench.py train vanilla expert-3 --profile  # where the step goes
     python bench.py train --sweep capacity --seq 1024 --batch 4   # does time follow FLOPs? also --sweep T, --sweep N
     python bench.py decode --batch 1 8                # cached decoding, against transformers' Llama where installed
+    python bench.py decode expert-3 --batch 1 2 4 8 --exits --no-llama --no-uncached   # when does early exit pay?
+    python bench.py serve                             # continuous depth-wise batching against vanilla's, untrained
+    python bench.py serve --run out/NAME              # the same by what a checkpoint's routers decide
+    python bench.py serve vanilla expert-3 --widths 8 16 32 64 --no-equal-memory       # tokens/s against width
     python bench.py plot results/*.json -o results.png
 
 A variant is vanilla, recursive-N, expert-N, share-N (expert choice, shared K/V) or token-N with N recursions. All have
@@ -25,6 +29,7 @@ Shapes: B sequences, T tokens each, D width, N recursions.
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -41,9 +46,10 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from engine import Engine, Graphs
 from model import PRESETS, Layer, MoR, MoRConfig, Pass
 from prepare import Parser, fail
-from sample import Decoder, generate
+from sample import Decoder, generate, load_run
 
 KINDS = {
     "vanilla": {},
@@ -53,7 +59,7 @@ KINDS = {
     "token": dict(router="token"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-QUICK = dict(vocab_size=256, n_layer=5, n_head=2, n_kv_head=1, d_model=64, d_ff=128)
+QUICK = dict(vocab_size=256, n_layer=4, n_head=2, n_kv_head=1, d_model=64, d_ff=128)
 
 # What the paper reports: parameters without embedding (Table 6), and forward FLOPs against vanilla at equal tokens,
 # from Table 3, whose EFLOPs have one decimal: the ratios are good to 0.006.
@@ -367,14 +373,15 @@ def train_cases(args: Namespace) -> dict[str, tuple[MoRConfig, int, int]]:
 
     if args.sweep == "capacity":
         levels = (1.0, 0.5) if args.quick else (1.0, 0.75, 0.5, 0.25)
-        return {f"capacity {c}": case("expert-3", capacity=(c,) * 3) for c in levels}
+        n = 2 if args.quick else 3
+        return {f"capacity {c}": case(f"expert-{n}", capacity=(c,) * n) for c in levels}
     if args.sweep == "T":  # at equal tokens
         lengths = (T,) if args.quick else (T // 2, T, 2 * T, 4 * T)
         return {f"{v} T={t}": case(v, T=t) for t in lengths for v in ("vanilla", "expert-3") if 1 <= t <= B * T}
     if args.sweep == "N":
         return {v: case(v) for v in ("vanilla", "expert-2", "expert-3", "expert-4")[: 2 if args.quick else 4]}
     five = ["vanilla", "recursive-3", "expert-3", "token-3", "share-3"]
-    return {v: case(v) for v in args.variants or (["vanilla", "expert-3"] if args.quick else five)}
+    return {v: case(v) for v in args.variants or (["vanilla", "expert-2"] if args.quick else five)}
 
 
 def train(args: Namespace) -> dict[str, Any]:
@@ -447,8 +454,8 @@ def fresh_starts(config: MoRConfig, B: int, T: int, args: Namespace) -> dict[str
 
 
 KERNELS = {  # kind -> what its kernels are called; the first that fits
-    "attention backward": ("attention_backward", "attention_for_cpu_backward"),
-    "attention": ("attention",),
+    "attention backward": ("attention_backward", "attention_for_cpu_backward", "attend_on_cpu_backward"),
+    "attention": ("attention", "attend_on_cpu"),
     "matmul": ("mm", "linear", "gemm", "addmv"),
     "optimizer": ("adam",),
     "fused": ("fused", "triton", "compiled"),  # on the CPU, fused kernels count as time of the region they are in
@@ -502,10 +509,13 @@ def balance(model: MoR) -> MoR:
     return model
 
 
-def decode_ours(model: MoR, prompts: list[list[int]], args: Namespace) -> Callable[[], dict]:
+def decode_ours(
+    model: MoR, prompts: list[list[int]], args: Namespace, early_exit: bool | None = None
+) -> Callable[[], dict]:
     """sample.generate, with cache and graphs kept between calls."""
     P = len(prompts[0])
-    decoder = Decoder(model, len(prompts), P + args.new, compile=args.compile, freeze=args.freeze)
+    options = dict(compile=args.compile, freeze=args.freeze, early_exit=early_exit)
+    decoder = Decoder(model, len(prompts), P + args.new, **options)
 
     def case():
         start = time.perf_counter()
@@ -528,9 +538,7 @@ def decode_uncached(model: MoR, prompts: list[list[int]], args: Namespace) -> Ca
         h, _ = model.backbone(idx, Pass(position, max_depth=model.config.n_recursion))
         return model.head(h.index_select(1, at)[:, 0]).argmax(-1)
 
-    if args.compile:
-        options = dict(fullgraph=True, dynamic=False, isolate_recompiles=True, options={"freezing": args.freeze})
-        next_token = torch.compile(next_token, **options)
+    graphs = Graphs(args.compile, args.freeze)
 
     @torch.no_grad()
     def case():
@@ -538,7 +546,7 @@ def decode_uncached(model: MoR, prompts: list[list[int]], args: Namespace) -> Ca
         idx = torch.zeros(B, P + args.new, dtype=torch.long, device=args.device)
         idx[:, :P] = torch.tensor(prompts)
         for i in range(P, P + args.new):
-            idx[:, i] = next_token(idx, torch.tensor([i - 1], device=args.device))
+            idx[:, i] = graphs.run(("token",), next_token, idx, torch.tensor([i - 1], device=args.device))
         return dict(tokens=idx[:, P:].tolist(), seconds=time.perf_counter() - start)
 
     return case
@@ -585,7 +593,7 @@ def decode_llama(model: nn.Module, prompts: list[list[int]], args: Namespace, co
 
 def decode(args: Namespace) -> dict[str, Any]:
     device, dtype, facts, length = torch.device(args.device), DTYPES[args.dtype], about(args), args.prompt + args.new
-    names = args.variants or ["vanilla", "expert-3", "token-3"][: 2 if args.quick else 3]
+    names = args.variants or (["vanilla", "expert-2"] if args.quick else ["vanilla", "expert-3", "token-3"])
     configs = {name: make_config(name, args.preset, length, **model_size(args)) for name in names}
     vanilla = make_config("vanilla", args.preset, length, **model_size(args))
     theirs = llama(vanilla).to(device, dtype).eval() if args.llama else None
@@ -598,6 +606,11 @@ def decode(args: Namespace) -> dict[str, Any]:
     for B in args.batch:
         prompts = torch.randint(vanilla.vocab_size, (B, args.prompt)).tolist()
         cases = {name: decode_ours(model, prompts, args) for name, model in models.items()}
+        for name, model in models.items() if args.exits else []:
+            if model.config.router != "none":
+                del cases[name]
+                for how, early in (("early exit", True), ("one graph", False)):
+                    cases[f"{name}, {how}"] = decode_ours(model, prompts, args, early)
         if args.uncached:
             cases[f"{first}, uncached"] = decode_uncached(models[first], prompts, args)
         if theirs is not None:
@@ -605,27 +618,26 @@ def decode(args: Namespace) -> dict[str, Any]:
         if theirs is not None and args.compile:
             cases["transformers, compiled"] = decode_llama(theirs, prompts, args, compiled=True)
         warmup = {name: warm_up(name, [case], device) for name, case in cases.items()}
-        results = interleave(cases, args.rounds)
+        results, base = interleave(cases, args.rounds), next(iter(cases))
         seconds = {name: [r["seconds"] for r in rounds] for name, rounds in results.items()}
         for name, rounds in results.items():
-            out, median = rounds[-1], statistics.median(seconds[name])
+            out, median, variant = rounds[-1], statistics.median(seconds[name]), name.split(",")[0]
             row = dict(name=name, batch=B, prompt=args.prompt, new=args.new, warmup=warmup[name], seconds=median)
             row |= dict(spread=spread(seconds[name]), tokens_per_second=B * args.new / median)
-            row |= dict(speedup=ratio(seconds[first], seconds[name]))
+            row |= dict(speedup=ratio(seconds[base], seconds[name]))
             row |= {key: out.get(key) for key in ("depth", "kv_bytes")}
             if "step" in out:
                 row["decode_tokens_per_second"] = B / statistics.median(r["step"] for r in rounds)
                 row["prefill_tokens_per_second"] = B * args.prompt / statistics.median(r["prefill"] for r in rounds)
-            if name not in models or name == first:
-                ours, other = (sum(tokens, []) for tokens in (results[first][-1]["tokens"], out["tokens"]))
+            if variant in (first, "transformers"):
+                ours, other = (sum(tokens, []) for tokens in (results[base][-1]["tokens"], out["tokens"]))
                 row["same_tokens"] = statistics.mean(a == b for a, b in zip(ours, other, strict=True))
             elif B == 1:
-                row["bound"] = flops(configs[first], length) / flops(configs[name], length)
+                row["bound"] = flops(configs[first], length) / flops(configs[variant], length)
             rows.append(row)
-    print(
-        f"{args.dtype}, greedy, {args.new} tokens after {args.prompt}, balanced routing; a call is prefill and decoding"
-    )
-    table(rows, f"decoder=name|batch=batch:d|call tok/s=tokens_per_second:,.0f|spread=spread:.0%|x {first}=speedup:.2f|"
+    print(f"{args.dtype}, greedy, {args.new} tokens after {args.prompt}, balanced routing; a call is prefill and"
+          f" decoding; ratios are to {rows[0]['name']}")  # fmt: skip
+    table(rows, "decoder=name|batch=batch:d|call tok/s=tokens_per_second:,.0f|spread=spread:.0%|ratio=speedup:.2f|"
           "bound=bound:.2f|decode tok/s=decode_tokens_per_second:,.0f|prefill tok/s=prefill_tokens_per_second:,.0f|"
           "depth=depth:.2f|KV MiB=kv_bytes:.2f/1048576|same tokens=same_tokens:.2f|warm-up s=warmup:.1f")  # fmt: skip
     spreads = {f"{r['name']} at batch {r['batch']}": r["spread"] for r in rows}
@@ -637,6 +649,151 @@ def flops(config: MoRConfig, T: int) -> float:
     """Forward, per token, head included; decoding one row reads weights in proportion to them."""
     with torch.device("meta"):
         return MoR(config).flops_per_token(T, head=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# serve
+
+
+def serve_models(args: Namespace) -> tuple[dict[str, MoR], int]:
+    """Models by name, the vanilla one first, and the token that an empty prompt becomes."""
+    device, dtype, T = args.device, DTYPES[args.dtype], args.new * 3 // 2
+    if not args.run:
+        names = args.variants or ["vanilla", "expert-2", "expert-3", "expert-4"]
+        names = [n for n in names if n != "vanilla"][: 1 if args.quick else None]
+        configs = {n: make_config(n, args.preset, T, **model_size(args)) for n in ["vanilla", *names]}
+        return {name: balance(MoR(c)).to(device, dtype).eval() for name, c in configs.items()}, 0
+    model, meta, _ = load_run(args.run, device, dtype)
+    c = model.config
+    if c.block_size < T:
+        fail(f"--run {args.run} has a context of {c.block_size} tokens: give --new {c.block_size * 2 // 3} or less")
+    same = {f: getattr(c, f) for f in "vocab_size block_size n_layer n_head n_kv_head d_model d_ff".split()}
+    vanilla = MoR(MoRConfig(**same)).to(device, dtype).eval()
+    return {"vanilla": vanilla, Path(args.run).name: model}, meta["eot"]
+
+
+class Service:
+    """An engine under load: empty prompts, output lengths ~ N(new, new/8), a queue of 8 times the slots."""
+
+    def __init__(self, model: MoR, slots: int, width: int, turn_width: int, eot: int, args: Namespace):
+        options = dict(turn_width=turn_width, slack=args.slack, compile=args.compile, freeze=args.freeze)
+        self.engine, self.rng = Engine(model, slots, width, args.new * 3 // 2, **options), random.Random(0)
+        self.new, self.eot, self.temperature, self.served = args.new, eot, float(bool(args.run)), 0
+        self.windows: list[dict] = []
+
+    def refill(self) -> None:
+        def hear(request, token):
+            self.served += 1
+
+        while len(self.engine.waiting) < 8 * self.engine.slots:
+            n = min(max(1, round(self.rng.gauss(self.new, self.new / 8))), self.engine.cache.max_len - 1)
+            more = dict(temperature=self.temperature, seed=self.rng.getrandbits(32), on_token=hear)
+            self.engine.submit([self.eot], n, **more)
+
+    def warm_up(self) -> None:
+        """Compiles, then serves the first house, whose requests are of uneven lengths: later ones are of all ages."""
+        self.refill()
+        first = list(self.engine.waiting)[: self.engine.slots]
+        for request in first:
+            request.max_new_tokens = self.rng.randint(1, request.max_new_tokens)
+        while any(request.status != "done" for request in first):
+            self.engine.step()
+
+    def window(self, seconds: float) -> None:
+        """Serves for some seconds and keeps what happened; nothing is left out of the time."""
+        engine = self.engine
+        self.refill()
+        engine.history.clear()
+        before, start = self.served, time.perf_counter()
+        while time.perf_counter() < start + seconds:
+            engine.step()
+        wall, runs = time.perf_counter() - start, list(engine.history)
+        part = dict(seconds=wall, tokens=self.served - before, runs=runs, dry=not engine.waiting)
+        self.windows.append(part | dict(speed=part["tokens"] / wall))
+
+
+def serve_row(name: str, service: Service, vanilla: dict | None, args: Namespace) -> dict[str, Any]:
+    """What the windows of one engine say. T/2 keys per token: requests of T tokens are on average half done."""
+    engine, model, T, windows = service.engine, service.engine.model, service.new, service.windows
+    c, runs, cache = model.config, [run for window in windows for run in window["runs"]], engine.cache
+    turns, blocks = ([run for run in runs if run.stage == stage] for stage in ("turn", "block"))
+    rows = sum(run.rows for run in turns)
+    fractions = [1.0] + [sum(run.recursions[r] for run in blocks) / rows for r in range(1, c.n_recursion)]
+    if c.router == "none":
+        fractions = [1.0] * c.n_recursion
+    flops = model.flops_per_token(T, head=True, fractions=fractions)
+    first = [1.0] + [0.0] * (c.n_recursion - 1) if blocks else fractions  # what a turn runs
+    turn_flops = model.flops_per_token(T, head=True, fractions=first)
+    # weights are read once per stage, K/V once per token: T/2 keys per layer, fewer where fewer tokens went
+    item, per_key = cache.k[0].itemsize, 2 * c.n_kv_head * c.head_dim
+    block_bytes = item * sum(p.numel() for p in model.block.parameters())
+    turn_bytes = item * sum(p.numel() for p in model.parameters())
+    kept = fractions if c.kv == "share" else [f * f for f in fractions]
+    kv_read = item * per_key * T / 2 * (c.n_unshared + c.n_block * sum(kept))
+    read = turn_bytes / engine.turn_width + block_bytes * sum(fractions[1:]) / engine.width + kv_read
+    speeds = [window["speed"] for window in windows]
+    row = dict(
+        name=name, layers=layers_name(c), width=engine.width, turn_width=engine.turn_width, slots=engine.slots,
+        kv_bytes=cache.nbytes * engine.slots // cache.batch, tokens_per_second=statistics.median(speeds),
+        spread=spread(speeds), speeds=speeds, depth=sum(fractions), fractions=fractions, flops=flops, bytes_read=read,
+        turn_use=statistics.mean(run.rows for run in turns) / engine.turn_width,
+        turn_seconds=statistics.median(run.seconds for run in turns),
+        host=1 - sum(run.seconds for run in runs) / sum(window["seconds"] for window in windows),
+        overflow=int(cache.overflow.sum()), dry=any(window["dry"] for window in windows),
+    )  # fmt: skip
+    if blocks:
+        row["block_use"] = statistics.mean(run.rows for run in blocks) / engine.width
+        row["block_seconds"] = statistics.median(run.seconds for run in blocks)
+        row["timeline"] = [[round(run.seconds, 6), run.stage, run.rows, run.recursions] for run in runs[-150:]]
+    base = vanilla or row
+    row |= dict(ratio=ratio(speeds, base["speeds"]), bound=base["flops"] / flops, bound_bytes=base["bytes_read"] / read)
+    row["of_bound"] = row["ratio"] / row["bound"]
+    # what a full stage should take if it did its FLOPs as fast as vanilla's does
+    pace = base["turn_seconds"] / (base["flops"] * base["turn_width"])
+    row["turn_expected"] = pace * turn_flops * engine.turn_width
+    if blocks:
+        row["block_expected"] = pace * (flops - turn_flops) / sum(fractions[1:]) * engine.width
+    return row
+
+
+def serve(args: Namespace) -> dict[str, Any]:
+    device, facts, routing = torch.device(args.device), about(args), "trained" if args.run else "balanced"
+    models, eot = serve_models(args)
+    services: dict[tuple[int, str], Service] = {}
+    for W in args.widths:
+        for name, model in models.items():
+            if model.config.router == "none":  # recursive: its recursions never wait for one another
+                services[W, name] = Service(model, W, W, W, eot, args)
+                continue
+            services[W, name] = Service(model, 2 * W - 1, W, W, eot, args)
+            if args.equal_memory:
+                caches = [services[W, n].engine.cache for n in ("vanilla", name)]
+                slots = W * (caches[0].nbytes // caches[0].batch) // (caches[1].nbytes // caches[1].batch)
+                turn = (slots + 1) // 2
+                services[W, f"{name}, equal memory"] = Service(model, slots, slots + 1 - turn, turn, eot, args)
+    warmup = {}
+    for (W, name), service in services.items():
+        warmup[W, name] = sum(stopwatch([service.warm_up], device))
+        print(f"{name}, width {W}: warm after {warmup[W, name]:.0f} s", file=sys.stderr, flush=True)
+    interleave({case: lambda s=s: s.window(args.seconds) for case, s in services.items()}, args.rounds)
+    rows, vanilla = [], {}
+    for (W, name), service in services.items():
+        rows.append(serve_row(name, service, vanilla.get(W), args) | dict(at=W, warmup=warmup[W, name]))
+        vanilla.setdefault(W, rows[-1])
+    print(f"{args.dtype}, {routing} routing, empty prompts, output lengths ~ N({args.new}, {args.new // 8}), all time"
+          f" counted; {args.rounds} windows of {args.seconds:g} s, interleaved; ratios are to vanilla")  # fmt: skip
+    ms = ":.2f/1e-3"
+    table(rows, "variant=name|layers=layers|turn=turn_width:d|block=width:d|slots=slots:d|KV MiB=kv_bytes:.1f/1048576|"
+          "tok/s=tokens_per_second:,.0f|spread=spread:.0%|ratio=ratio:.3f|by FLOPs=bound:.3f|of it=of_bound:.1%|"
+          "by bytes=bound_bytes:.3f|depth=depth:.2f|overflow=overflow:d|warm-up s=warmup:.0f")  # fmt: skip
+    print("\nuseful rows in a stage's batch; milliseconds of a stage, and if it did its FLOPs at vanilla's pace; time"
+          " between stages")  # fmt: skip
+    table(rows, f"variant=name|turn full=turn_use:.1%|block full=block_use:.1%|turn ms=turn_seconds{ms}|by FLOPs="
+          f"turn_expected{ms}|block ms=block_seconds{ms}|by FLOPs=block_expected{ms}|host=host:.1%")  # fmt: skip
+    warnings = disturbances(facts, {f"{r['name']} at {r['at']}": r["spread"] for r in rows})
+    warnings += [f"the queue of {r['name']} ran dry: shorter --seconds" for r in rows if r["dry"]]
+    return dict(about=facts, preset=args.preset, routing=routing, run=args.run, new=args.new, freeze=args.freeze,
+                rounds=args.rounds, seconds=args.seconds, rows=rows, warnings=warnings)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -662,7 +819,7 @@ def plot(args: Namespace) -> None:
     for file, axis in zip(args.files, axes.flat, strict=False):
         try:
             result = json.loads(Path(file).read_text().splitlines()[-1])
-            panel = dict(cost=plot_cost, train=plot_train, decode=plot_decode)[result["bench"]]
+            panel = dict(cost=plot_cost, train=plot_train, decode=plot_decode, serve=plot_serve)[result["bench"]]
         except OSError as e:
             fail(f"cannot read {file}: {e.strerror}")
         except (ValueError, IndexError, KeyError, TypeError):
@@ -712,6 +869,36 @@ def plot_decode(axis, result: dict) -> None:
     axis.legend()
 
 
+def plot_serve(axis, result: dict) -> None:
+    """Tokens/s against width where several were measured, else who was in the batches of the last engine."""
+    rows, widths = result["rows"], sorted({r["at"] for r in result["rows"]})
+    if len(widths) > 1:
+        for i, name in enumerate(dict.fromkeys(r["name"] for r in rows)):
+            mine = [r for r in rows if r["name"] == name]
+            axis.plot([r["at"] for r in mine], [r["tokens_per_second"] for r in mine], "os^Dv"[i % 5] + "-", label=name)
+        axis.set(xlabel="width", ylabel="tokens per second", ylim=(0, None), xticks=widths, title="serving")
+        axis.legend()
+        return
+    row = next((r for r in reversed(rows) if "timeline" in r), None)
+    if row is None:
+        fail("a picture of serving needs several --widths, or a variant with a router")
+    at, starts, widths_of, stacks = 0.0, [], [], []
+    for seconds, stage, used, recursions in row["timeline"]:
+        starts, widths_of = [*starts, 1e3 * at], [*widths_of, 1e3 * seconds]
+        stacks.append([used, *[0] * len(row["fractions"])] if stage == "turn" else [0, *recursions])
+        at += seconds
+    bottom = [0] * len(stacks)
+    for r, rows_at in enumerate(zip(*stacks, strict=True)):
+        label, color = f"recursion {r}" if r else "turn (recursion 1)", str(0.8) if not r else f"C{r - 1}"
+        if any(rows_at):
+            axis.bar(starts, rows_at, widths_of, bottom, align="edge", color=color, label=label)
+        bottom = [b + n for b, n in zip(bottom, rows_at, strict=True)]
+    axis.axhline(row["width"], color="k", ls=":", lw=1)
+    axis.set(xlabel="milliseconds", ylabel="rows in the batch", title=f"{row['name']}: each bar is a stage's batch")
+    axis.set_ylim(0, 1.25 * max(row["width"], row["turn_width"]))
+    axis.legend(ncols=3, fontsize=8, loc="upper center")
+
+
 def plot_cost(axis, result: dict) -> None:
     rows = [r for r in result["rows"] if r["preset"] == result["rows"][0]["preset"]]
     paper = {"params": "paper_params_ratio", "flops": "paper_ratio"}
@@ -739,9 +926,7 @@ def main(argv: list[str] | None = None) -> None:
     common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     common.add_argument("--threads", type=int, default=torch.get_num_threads())
     model = Parser(add_help=False)
-    model.add_argument(
-        "variants", nargs="*", metavar="VARIANT", help="vanilla, recursive-N, expert-N, share-N, token-N"
-    )
+    model.add_argument("variants", nargs="*", metavar="VARIANT", help=f"vanilla, {', '.join(list(KINDS)[1:])} with -N")
     model.add_argument("--preset", default="135M", choices=list(PRESETS))
     model.add_argument("--layers", type=int, default=11, help="unrolled depth (default 11; 0: the preset's)")
     model.add_argument("--vocab", type=int, default=8192, help="default 8192; 0: the preset's")
@@ -758,9 +943,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--seq", type=int, default=512)
     sub.add_argument("--compile", choices=["whole", "layer", "none"], default="whole", help="what is one graph")
     sub.add_argument("--sweep", choices=["capacity", "T", "N"], help="scaling instead of variants")
-    sub.add_argument(
-        "--fresh", action="store_true", help="also compile time and peak memory, in processes of their own"
-    )
+    sub.add_argument("--fresh", action="store_true", help="also compile time and peak memory, in fresh processes")
     sub.add_argument("--profile", action="store_true", help="also one step by kind of kernel")
 
     sub = commands.add_parser("decode", parents=[common, model], help="prefill and cached decoding")
@@ -769,6 +952,18 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--new", type=int, default=64, help="tokens to generate (default 64)")
     switches = dict(compile="compile, ours and theirs", freeze="let the compiler pack our weights",
                     llama="compare with transformers", uncached="also a full forward per token")  # fmt: skip
+    for name, meaning in switches.items():
+        sub.add_argument(f"--{name}", action=BooleanOptionalAction, default=True, help=f"{meaning} (default: yes)")
+    sub.add_argument("--exits", action="store_true", help="routed variants with early exit, and in one graph")
+
+    sub = commands.add_parser("serve", parents=[common, model], help="the engine under load, against vanilla's")
+    sub.add_argument("--run", metavar="RUN", help="serve a checkpoint of train.py, and a vanilla model of its size")
+    sub.add_argument("--widths", type=int, nargs="+", default=[32], metavar="W", help="rows per batch (default 32)")
+    sub.add_argument("--new", type=int, default=256, help="tokens per request, on average (default 256)")
+    sub.add_argument("--slack", type=float, default=1.0, help="cache slots relative to capacity (default 1)")
+    sub.add_argument("--seconds", type=float, default=4.0, help="length of a window (default 4)")
+    switches = {"compile": "compile the stages", "freeze": "let the compiler pack weights",
+                "equal-memory": "also as many slots as fit in the K/V memory of vanilla's"}  # fmt: skip
     for name, meaning in switches.items():
         sub.add_argument(f"--{name}", action=BooleanOptionalAction, default=True, help=f"{meaning} (default: yes)")
 
@@ -780,7 +975,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "plot":
         return plot(args)
     args.argv = sys.argv[1:] if argv is None else argv
-    for name in ("batch", "seq", "prompt", "new", "rounds", "devices", "threads"):
+    for name in ("batch", "seq", "prompt", "new", "rounds", "devices", "threads", "widths"):
         value = getattr(args, name, 1)
         if min(value if isinstance(value, list) else [value]) < 1:
             fail(f"--{name} {value} must be at least 1")
@@ -789,11 +984,14 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
     if args.quick:
-        tiny = dict(train=dict(batch=2, seq=64, rounds=2), decode=dict(batch=[2], prompt=12, new=8, rounds=2))
+        tiny = dict(
+            train=dict(batch=2, seq=64, rounds=2), decode=dict(batch=[2], prompt=12, new=8, rounds=2),
+            serve=dict(widths=[min(w, 4) for w in getattr(args, "widths", [])], new=16, rounds=2, seconds=0.2),
+        )  # fmt: skip
         vars(args).update(tiny.get(args.command, {}))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    result = dict(bench=args.command) | dict(cost=cost, train=train, decode=decode)[args.command](args)
+    result = dict(bench=args.command) | dict(cost=cost, train=train, decode=decode, serve=serve)[args.command](args)
     for warning in result["warnings"]:
         print(f"warning: {warning}")
     line = json.dumps(result)

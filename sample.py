@@ -8,8 +8,9 @@ Text from a trained run, each token coloured by the number of recursions it took
     python sample.py out/demo "The" --max-depth 1                    # or --threshold 0.7: less work per token
 
 RUN is a run directory (its newest good checkpoint) or a checkpoint file. Text goes to standard output, everything else
-to standard error. A line of PROMPTS.jsonl is {"prompt": "..."}; its result adds "completion", "depth" (of each token,
-the prompt's included) and "finish" ("stop" at end-of-text, or "length"), or an "error", in the order of the prompts.
+to standard error. A line of PROMPTS.jsonl is {"prompt": "..."}; its result adds "completion", "depth" (of each token
+that was fed: the prompt's too, but not the last of "length") and "finish" ("stop" at end-of-text, or "length"), or an
+"error", in the order of the prompts. They are served by continuous depth-wise batching (engine.py), --batch rows wide.
 
 An empty prompt starts from end-of-text. A prompt must leave room for one token in the model's context, and generation
 ends where the context does; it does not slide. Row i draws its randomness from --seed + i and the position of the token
@@ -20,26 +21,39 @@ compiled functions between calls. Shapes: B rows, P prompt tokens with padding, 
 """
 
 import codecs
+import hashlib
 import json
-import math
 import os
-import pickle
 import sys
 import time
-import zipfile
 from argparse import BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from model import MoR, MoRConfig, Pass, State
+from engine import Engine, Graphs, Request, bucket, draw, prefill, setting_errors
+from model import KVCache, MoR, MoRConfig, Pass, State
 from prepare import Parser, fail, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints
+
+
+DAMAGE = (OSError, ValueError)  # what read_checkpoint raises
+DIGEST = hashlib.sha256().digest_size
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint whose every byte is as it was written; raises one of DAMAGE otherwise."""
+    data = np.memmap(path, np.uint8, "r")
+    if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:].tobytes():
+        raise ValueError("its checksum does not match, so it is damaged, or no checkpoint of train.py")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_run(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[MoR, dict, dict]:
@@ -51,20 +65,15 @@ def load_run(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = 
         fail(f"{path} holds no checkpoint: give a run directory of train.py, or a ckpt_*.pt file")
     for file in files:
         try:
-            with zipfile.ZipFile(file) as archive:  # torch.load would not look at the checksums
-                if damaged := archive.testzip():
-                    raise ValueError(f"checksum of {damaged}")
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = read_checkpoint(file)
             config, weights = checkpoint["config"], checkpoint["model"]
             model = MoR(MoRConfig(**config["model"]))
             break
-        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
-            problem = f"{file} cannot be read ({str(e).partition(chr(10))[0][:160]})"
-        except (KeyError, TypeError, ValueError) as e:
-            problem = f"{file} is not a checkpoint of train.py ({e})"
-        print(f"warning: {problem}", file=sys.stderr) if file != files[-1] else fail(
-            f"{problem}: name another checkpoint"
-        )
+        except (KeyError, TypeError, *DAMAGE) as e:
+            problem = f"{file} cannot be read: {e}"
+        if file == files[-1]:
+            fail(f"{problem}: name another checkpoint")
+        print(f"warning: {problem}", file=sys.stderr)
     shapes, own = ({k: t.shape for k, t in sd.items()} for sd in (weights, model.state_dict()))
     if shapes != own:
         wrong = sorted(k for k in shapes.keys() | own.keys() if shapes.get(k) != own.get(k))
@@ -93,104 +102,26 @@ def run_tokenizer(path: str | Path, checkpoint: dict):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# drawing a token
-
-
-def uniform(seed: Tensor, position: Tensor, V: int) -> Tensor:
-    """Noise in (0, 1), fp32 [B, V], hashed from seed [B], position [B] and token. There is no generator state, so a row
-    draws the same whatever runs beside it, on any device, compiled or not."""
-
-    def mix(x: Tensor) -> Tensor:  # 32 bits in int64, where the products cannot overflow
-        x = (((x >> 16) ^ x) * 0x45D9F3B) & 0xFFFFFFFF
-        x = (((x >> 15) ^ x) * 0x2C1B3C6D) & 0xFFFFFFFF
-        return (x >> 16) ^ x
-
-    # one round per row, one per token: more would cost minutes of compiling, since Inductor inlines them all
-    key = mix(seed * 0x9E3779B1 + position * 0x632BE5AB & 0xFFFFFFFF)[:, None]
-    x = mix((key + torch.arange(V, device=seed.device) * 0x1B873593) & 0xFFFFFFFF)
-    return ((x >> 9).float() + 0.5) * 2.0**-23
-
-
-def draw(logits: Tensor, knobs: dict[str, Tensor], position: Tensor, filtered: bool | None) -> Tensor:
-    """Tokens [B] from logits [B, V] by each row's temperature (0: greedy), top_k and top_p, tensors [B] like the seed.
-
-    Softmax over exponential noise, whose argmax is a sample: no multinomial, no host sync. Where top-k and top-p cut is
-    found by bisecting the bits of the distance to the best logit (floats >= 0 sort like their bits): exact, keeps ties,
-    and several times faster than a sort. filtered=False leaves it out, None all but the argmax."""
-    if filtered is None:
-        return logits.argmax(-1)
-    temperature = knobs["temperature"][:, None]
-    z = logits.float() / torch.where(temperature > 0, temperature, 1.0)
-    gap = z.amax(-1, keepdim=True) - z
-    weight = torch.exp(-gap)
-    if filtered:
-        bits = gap.view(torch.int32)
-
-        def cut(weight: Tensor, target: Tensor) -> Tensor:
-            """The smallest bits t [B, 1] such that the tokens with bits <= t weigh at least target [B]."""
-            t = torch.zeros_like(bits[:, :1])
-            for power in range(30, -1, -1):
-                trial = t + (1 << power)
-                t = torch.where((weight * (bits < trial)).sum(-1, keepdim=True) < target[:, None], trial, t)
-            return t
-
-        weight = weight * (bits <= cut(torch.ones_like(weight), knobs["top_k"]))
-        weight = weight * (bits <= cut(weight, knobs["top_p"] * weight.sum(-1)))
-    noise = -torch.log(uniform(knobs["seed"], position, z.size(1)))
-    return (weight / torch.where(temperature > 0, noise, 1.0)).argmax(-1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # generation
-
-
-def bucket(n: int, limit: int) -> int:
-    """The padded length for n tokens: few lengths, so few graphs, and from 16 up less than 25 % padding."""
-    size = min(16, limit)
-    while size < n:
-        size = min(limit, size * 4 // 3 // 4 * 4)
-    return size
 
 
 class Decoder:
     """A model with a static cache for `batch` rows of up to `max_len` tokens, and the compiled functions that fill and
-    read it: one prefill graph per bucket, one graph per decoding step (one per stage with early exit), each compiled
-    once; a recompilation raises. Keep it between calls of `generate`. Raises ValueError as make_cache does."""
+    read it: one prefill graph per bucket, one graph per decoding step (one per stage with early exit). Keep it between
+    calls of `generate`. Raises ValueError as make_cache does."""
 
     def __init__(
         self, model: MoR, batch: int, max_len: int, *, threshold: float = 0.5, max_depth: int | None = None,
         slack: float | None = None, compile: bool = True, freeze: bool = False, early_exit: bool | None = None,
     ):  # fmt: skip
         self.model, self.cache = model, model.make_cache(batch, max_len, slack, threshold, max_depth)
-        self.compile, self.options, self.graphs = compile, {"freezing": True} if freeze else {}, {}
-        self.depth = self.cache.knobs["max_depth"]
+        self.graphs, self.depth = Graphs(compile, freeze), self.cache.knobs["max_depth"]
         # Stopping when no row goes on costs a host sync per recursion: it pays where syncs are free and rows are few.
         device, routed = model.wte.weight.device, model.config.router != "none"
         self.early_exit = routed and (device.type == "cpu" and batch <= 4 if early_exit is None else early_exit)
         whole, real = (torch.zeros(batch, dtype=t, device=device) for t in (torch.long, torch.float32))
         self.left, self.stop = whole, whole[:1].clone()  # tokens still to draw per row; the token that ends a row
         self.knobs = dict(temperature=real, top_p=real.clone(), top_k=whole.clone(), seed=whole.clone())
-
-    def run(self, key: tuple, function: Callable, *args):
-        if not self.compile:
-            return function(*args)
-        if key not in self.graphs:
-            once = dict(fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=1)
-            self.graphs[key] = torch.compile(function, options=self.options, **once)
-        return self.graphs[key](*args)
-
-    def prefill(self, idx: Tensor, lengths: Tensor, filtered: bool | None) -> Tensor:
-        """Prompts [B, P] of these lengths [B] -> the first token drawn [B]."""
-        # Long prompts compute only what routing should admit, and if it admitted more, again without that.
-        tight = idx.size(1) >= 128 and self.model.config.router != "none"
-        logits = self.fill(idx, lengths, tight)
-        if tight and self.cache.short:
-            logits = self.fill(idx, lengths, False)
-        return self.choose(logits, filtered)
-
-    def fill(self, idx: Tensor, lengths: Tensor, tight: bool) -> Tensor:
-        key = ("prefill", idx.size(1), tight)
-        return self.run(key, lambda idx, lengths: self.model.prefill(idx, lengths, self.cache, tight), idx, lengths)
 
     def choose(self, logits: Tensor, filtered: bool | None) -> Tensor:
         token = torch.where(self.left > 0, draw(logits, self.knobs, self.cache.position, filtered), -1)
@@ -199,14 +130,15 @@ class Decoder:
 
     def step(self, token: Tensor, filtered: bool | None) -> tuple[Tensor, Tensor]:
         """Feeds a token per row [B] (-1: none) -> the next tokens [B] (-1: the row is over), depths of the fed [B]."""
+        run = self.graphs.run
         if not self.early_exit:
-            return self.run(("step", filtered), lambda t: self.leave(*self.enter(t, self.depth), filtered), token)
-        s, p = self.run(("enter",), lambda t: self.enter(t, 1), token)
+            return run(("step", filtered), lambda t: self.leave(*self.enter(t, self.depth), filtered), token)
+        s, p = run(("enter",), lambda t: self.enter(t, 1), token)
         for r in range(1, self.depth):
             if not s.active.any():  # the host sync
                 break
-            s = self.run(("recurse", r), lambda s, p, r=r: self.model.recurse(r, s, p), s, p)
-        return self.run(("leave", filtered), lambda s, p: self.leave(s, p, filtered), s, p)
+            s = run(("recurse", r), lambda s, p, r=r: self.model.recurse(r, s, p), s, p)
+        return run(("leave", filtered), lambda s, p: self.leave(s, p, filtered), s, p)
 
     def enter(self, token: Tensor, recursions: int) -> tuple[State, Pass]:
         p = self.model.decode_pass(torch.where(token == self.stop, -1, token), self.cache)
@@ -245,15 +177,12 @@ def generate(
     if decoder is None:
         block = model.config.block_size
         decoder = Decoder(model, len(prompts), bucket(min(block, max(lengths) + max_new_tokens), block), **options)
-    cache, device = decoder.cache, decoder.cache.position.device
+    cache = decoder.cache
     if len(prompts) > cache.batch or max(lengths) >= cache.max_len:
         size = f"{cache.batch} rows of {cache.max_len} tokens"
         raise ValueError(f"{len(prompts)} prompts of up to {max(lengths)} tokens do not fit a decoder for {size}")
     idle = [0] * (cache.batch - len(prompts))
     room = [min(max_new_tokens, cache.max_len - n) for n in lengths]
-    idx = torch.zeros(cache.batch, bucket(max(lengths), cache.max_len), dtype=torch.long)
-    for row, prompt in zip(idx, prompts, strict=False):
-        row[: len(prompt)] = torch.tensor(prompt)
     decoder.left.copy_(torch.tensor(room + idle))
     decoder.stop.fill_(-1 if stop_token is None else stop_token)
     settings = dict(temperature=temperature, top_p=top_p, top_k=top_k or model.config.vocab_size)
@@ -264,8 +193,7 @@ def generate(
     filtered = None if temperature == 0 else top_k is not None or top_p < 1  # of three graphs, the least that serves
 
     start = time.perf_counter()
-    idx, size = idx.to(device), torch.tensor(lengths + idle, device=device).clamp(min=1)
-    token = decoder.prefill(idx, size, filtered)
+    token = decoder.choose(prefill(decoder.graphs, model, prompts, cache), filtered)
     depth = [row[:n] for row, n in zip(cache.depth.tolist(), lengths, strict=False)]
     tokens, stopped, running = [[] for _ in prompts], [False for _ in prompts], set(range(len(prompts)))
     say = on_token or (lambda row, token, depth: None)
@@ -325,14 +253,7 @@ def check_request(
             bad.append(f"prompt {i} has {len(prompt)} tokens, but needs 1 to {c.block_size - 1}: the context less one")
         elif min(prompt) < 0 or max(prompt) >= c.vocab_size:
             bad.append(f"prompt {i} has token ids outside of the model's vocabulary of {c.vocab_size}")
-    if max_new_tokens < 1:
-        bad.append(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if not 0 <= temperature < math.inf:
-        bad.append(f"temperature={temperature} must be a finite number >= 0 (0: always the likeliest token)")
-    if top_k is not None and top_k < 1:
-        bad.append(f"top_k={top_k} must be at least 1")
-    if not 0 < top_p <= 1:
-        bad.append(f"top_p={top_p} must lie in (0, 1]")
+    bad += setting_errors(max_new_tokens, temperature, top_k, top_p)
     if bad:
         raise ValueError("; ".join(bad))
 
@@ -429,24 +350,13 @@ def read_flags(argv: list[str] | None) -> Namespace:
     add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens per row at most (default: 256)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (default: 0.8)")
     add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="draw among the likeliest of probability P (default: 1)",
-    )
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of probability P (default: 1)")
     add("--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)")
     add("--stop", action=BooleanOptionalAction, default=True, help="end a row at end-of-text (default: yes)")
     add("--max-depth", type=int, metavar="R", help="recursions per token at most (default: all)")
     add("--threshold", type=float, default=0.5, metavar="P", help="router probability to go on with (default: 0.5)")
     add("--slack", type=float, metavar="S", help="cache slots relative to capacity (default: the model's, 1.25)")
-    add(
-        "--color",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="auto: on a terminal without NO_COLOR",
-    )
+    add("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal without NO_COLOR")
     add("--heatmap", metavar="FILE.png", help="draw tokens against recursions, for the first sample")
     add("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on cuda, else fp32")
@@ -479,90 +389,100 @@ def read_prompts(file: str) -> list[str]:
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if line.strip():
             try:
-                prompts.append(
-                    json.loads(line)["prompt"].encode().decode()
-                )  # a string, and one without lone surrogates
+                prompts.append(json.loads(line)["prompt"].encode().decode())  # a string without lone surrogates
             except (ValueError, TypeError, KeyError, AttributeError):
                 fail(f'{file}: line {number} is not {{"prompt": "..."}}')
     return prompts or fail(f"{file}: there are no prompts in it")
 
 
-def in_batches(
-    model: MoR, prompts: list[list[int]], args: Namespace, meta: dict, on_token: Callable | None = None
-) -> Iterator[tuple[list[int], Generated]]:
-    """(rows, what they gave), prompts of like length together; ends with a report on standard error."""
-    block, B = model.config.block_size, min(args.batch, len(prompts))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[i : i + B] for i in range(0, len(order), B)]
-    draws = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    check_request(model, prompts, args.max_new_tokens, **draws)
-    draws["stop_token"] = meta["eot"] if args.stop else None
-    compile = len(batches) * min(block, args.max_new_tokens) > 4000 if args.compile is None else args.compile
-    options = dict(
-        threshold=args.threshold, max_depth=args.max_depth, slack=args.slack, compile=compile, freeze=args.freeze
-    )
-    max_len = bucket(min(block, len(prompts[order[-1]]) + args.max_new_tokens), block)
-    decoder = Decoder(model, B, max_len, **options)
-    if compile:
-        start = time.perf_counter()
-        generate(model, [prompts[i] for i in batches[-1]], 2, decoder=decoder, **draws)
-        print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    done = []
-    for rows in batches:
-        say = on_token and (lambda row, token, depth, rows=rows: on_token(rows[row], token, depth))
-        seeds, batch = [args.seed + i for i in rows], [prompts[i] for i in rows]
-        done.append(generate(model, batch, args.max_new_tokens, seed=seeds, on_token=say, decoder=decoder, **draws))
-        yield rows, done[-1]
-    print(report(decoder, prompts, done), file=sys.stderr)
-
-
-def report(decoder: Decoder, prompts: list[list[int]], done: list[Generated]) -> str:
-    c, cache, dtype = decoder.model.config, decoder.cache, decoder.model.wte.weight.dtype
-    new, seconds = sum(len(t) for out in done for t in out.tokens), sum(out.seconds for out in done)
-    depths = [d for out in done for row in out.depth for d in row]
+def report(model: MoR, cache: KVCache, seconds: str, depths: list[list[int]], overflow: int) -> str:
+    c, dtype = model.config, model.wte.weight.dtype
+    flat = [d for row in depths for d in row]
     vanilla = 2 * cache.batch * cache.max_len * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize
     outer = vanilla * c.n_unshared // c.n_layer  # first and last layer cache every token in any model
-    tight = decoder.model.kv_bytes(cache.batch, cache.max_len, dtype)
-    prompt_seconds, prompt_tokens = sum(out.prefill_seconds for out in done), sum(map(len, prompts))
+    tight = model.kv_bytes(cache.batch, cache.max_len, dtype)
     share, share_tight = ((n - outer) / (vanilla - outer) for n in (cache.nbytes, tight))
     lines = [
-        f"{new} tokens in {seconds:.2f} s, {new / seconds:.0f} tokens/s; prompts of {prompt_tokens} tokens in"
-        f" {prompt_seconds:.2f} s; mean depth {sum(depths) / len(depths):.2f} of {c.n_recursion}",
+        f"{seconds}; mean depth {sum(flat) / max(1, len(flat)):.2f} of {c.n_recursion}",
         f"KV cache of {cache.batch} x {cache.max_len} tokens: {cache.nbytes / 1e6:.2f} MB, vanilla's"
         f" {vanilla / 1e6:.2f} MB; shared block alone {share:.1%} of vanilla's at slack {cache.slack:g},"
         f" {share_tight:.1%} at slack 1",
     ]
-    if overflow := sum(out.overflow for out in done):
+    if overflow:
         lines.append(f"{overflow} tokens found a recursion's cache full and ended early: --slack gives it more slots")
     return "\n".join(lines)
 
 
-def continue_one(model: MoR, enc, meta: dict, prompts: list[list[int]], args: Namespace) -> None:
+def settings(args: Namespace, meta: dict, steps: int) -> tuple[dict, dict]:
+    """What the flags say of drawing tokens, and of a cache and its graphs."""
+    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if errors := setting_errors(args.max_new_tokens, **sampling):
+        raise ValueError("; ".join(errors))
+    sampling["stop_token"] = meta["eot"] if args.stop else None
+    compile = steps > 4000 if args.compile is None else args.compile
+    options = dict(threshold=args.threshold, max_depth=args.max_depth, slack=args.slack)
+    return sampling, options | dict(compile=compile, freeze=args.freeze)
+
+
+def continue_one(model: MoR, enc, meta: dict, prompt: list[int], args: Namespace) -> None:
+    """Samples of one prompt, `--batch` at a time."""
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    block, batch = model.config.block_size, min(args.batch, args.samples)
+    new = min(args.max_new_tokens, block - len(prompt))
+    sampling, options = settings(args, meta, -(-args.samples // batch) * new)
+    check_request(model, [prompt], args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    decoder = Decoder(model, batch, bucket(len(prompt) + new, block), **options)
+    if options["compile"]:
+        start = time.perf_counter()
+        generate(model, [prompt], 2, decoder=decoder, **sampling)
+        print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     if color:
         print("recursions:", *(paint(f" {d} ", d) for d in range(1, model.config.n_recursion + 1)))
-    painter = Painter(enc, color, sys.stdout, len(prompts))
-    for rows, out in in_batches(model, prompts, args, meta, painter):
-        if args.heatmap and 0 in rows:
-            tokens = [token_bytes(enc, t) for t in prompts[0] + out.tokens[0]]
-            heatmap(tokens, out.depth[0], model.config.n_recursion, args.heatmap, prompt=len(prompts[0]))
+    painter, done = Painter(enc, color, sys.stdout, args.samples), []
+    for first in range(0, args.samples, batch):
+        rows = range(first, min(first + batch, args.samples))
+        seeds, say = [args.seed + i for i in rows], lambda row, *token, first=first: painter(first + row, *token)
+        done.append(generate(model, [prompt] * len(rows), new, seed=seeds, on_token=say, decoder=decoder, **sampling))
+    if args.heatmap:
+        tokens = [token_bytes(enc, t) for t in prompt + done[0].tokens[0]]
+        heatmap(tokens, done[0].depth[0], model.config.n_recursion, args.heatmap, prompt=len(prompt))
+    new, seconds = sum(len(t) for out in done for t in out.tokens), sum(out.seconds for out in done)
+    speed = f"{new} tokens in {seconds:.2f} s, {new / seconds:.0f} tokens/s; prompts of {args.samples * len(prompt)}"
+    speed += f" tokens in {sum(out.prefill_seconds for out in done):.2f} s"
+    depths = [row for out in done for row in out.depth]
+    print(report(model, decoder.cache, speed, depths, sum(out.overflow for out in done)), file=sys.stderr)
 
 
 def continue_many(model: MoR, enc, meta: dict, texts: list[str], prompts: list[list[int]], args: Namespace) -> None:
     """Results as JSON lines in the order of the prompts, as early as that allows; a prompt too long fails alone."""
-    results, printed, block = {}, 0, model.config.block_size
-    for i, prompt in enumerate(prompts):
-        if len(prompt) >= block:
-            results[i] = dict(error=f"{len(prompt)} tokens leave no room in the context of {block}: shorten the prompt")
-    good = [i for i in range(len(prompts)) if i not in results]
-    for rows, out in in_batches(model, [prompts[i] for i in good], args, meta) if good else [([], None)]:
-        for k, row in enumerate(rows):
-            text = b"".join(token_bytes(enc, t) for t in out.tokens[k]).decode("utf-8", "replace")
-            finish = "stop" if out.stopped[k] else "length"
-            results[good[row]] = dict(completion=text, depth=out.depth[k], finish=finish)
-        while printed in results:
-            print(json.dumps(dict(prompt=texts[printed]) | results.pop(printed), ensure_ascii=False), flush=True)
-            printed += 1
+    block, width = model.config.block_size, min(args.batch, len(prompts))
+    new = [max(1, min(args.max_new_tokens, block - len(p))) for p in prompts]
+    sampling, options = settings(args, meta, sum(new) // width)
+    max_len = max((len(p) + n for p, n in zip(prompts, new, strict=True) if len(p) < block), default=1)
+    slots = width if model.config.router == "none" else min(len(prompts), 2 * width - 1)
+    engine, start, printed = Engine(model, slots, width, bucket(max_len, block), **options), time.perf_counter(), 0
+    requests = []
+    for i, (prompt, n) in enumerate(zip(prompts, new, strict=True)):
+        requests.append(engine.submit(prompt, n, seed=args.seed + i, **sampling))
+    with tqdm(total=len(requests), unit=" prompts", disable=None) as bar:
+        while engine.step() or printed < len(requests):
+            while printed < len(requests) and requests[printed].status in ("done", "failed"):
+                print(json.dumps(result(enc, texts[printed], requests[printed]), ensure_ascii=False), flush=True)
+                printed += 1
+            bar.update(len(requests) - len(engine.waiting) - engine.slots + len(engine.free) - bar.n)
+    seconds, tokens = time.perf_counter() - start, sum(len(r.tokens) for r in requests)
+    speed = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s with the prompts"
+    speed += " and compilation" if options["compile"] else ""
+    overflow = sum(r.overflow for r in requests)
+    print(report(model, engine.cache, speed, [r.depth for r in requests], overflow), file=sys.stderr)
+
+
+def result(enc, text: str, request: Request) -> dict:
+    if request.error:
+        return dict(prompt=text, error=request.error)
+    completion = b"".join(token_bytes(enc, t) for t in request.tokens).decode("utf-8", "replace")
+    finish = "length" if len(request.tokens) == request.max_new_tokens else "stop"
+    return dict(prompt=text, completion=completion, depth=request.depth, finish=finish)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -582,7 +502,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.prompts:
             continue_many(model, enc, meta, texts, prompts, args)
         else:
-            continue_one(model, enc, meta, prompts * args.samples, args)
+            continue_one(model, enc, meta, prompts[0], args)
         sys.stdout.flush()
     except ValueError as e:
         fail(str(e))

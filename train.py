@@ -3,6 +3,7 @@
     python train.py --data data/python --out out/demo                  # a laptop: nano MoR, three recursions, minutes
     python train.py --preset 360M --data data/fineweb --out out/mor3   # one GPU
     torchrun --standalone --nproc_per_node=8 train.py --preset 360M    # one node; --parallel fsdp shards the weights
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                                  # two nodes: the same lines on each
     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py
 
 Baselines are the same program: `--router none` is the recursive model, `--router none --n-recursion 1` the vanilla one.
@@ -10,15 +11,23 @@ Every field of TrainConfig and of model.py's MoRConfig is a flag (--help).
 
 Stopping and resuming: after Ctrl-C, SIGTERM or kill -9, the same command continues from the newest good checkpoint in
 --out, on any number of processes, with the same batches in the same order; in a single process on a CPU the losses are
-the same to the bit. Several budgets from one plateau (paper Section 3.3):
+the same to the bit. With several nodes, --out must be on a file system that they share: after a restart another node
+may be the one that reads and writes. Several budgets from one plateau (paper Section 3.3):
 
     python train.py --out out/plateau --steps 10000 --warmup 200 --cooldown 0
     python train.py --out out/budget4k --cooldown-from out/plateau/ckpt_004000.pt --steps 1000
+
+Uptraining: --init-from takes weights, and the model with them; model flags change it. Optimizer, schedule and data
+start afresh. From a Hugging Face Llama in the directory SmolLM-360M:
+
+    python prepare.py fineweb-edu --tokenizer SmolLM-360M --max-tokens 1e9 --out data/edu
+    python train.py --init-from SmolLM-360M --n-recursion 2 --router expert --data data/edu --out out/up
 
 Shapes: B sequences, T time, N recursions, E evaluation blocks. A step is a global batch of `batch_tokens` tokens, cut
 into micro-batches of at most `micro_batch` sequences; which sequences it holds does not depend on the processes.
 """
 
+import hashlib
 import inspect
 import json
 import math
@@ -29,14 +38,12 @@ import shutil
 import signal
 import sys
 import time
-import types
-import typing
 import warnings
-import zipfile
 from argparse import SUPPRESS, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +54,21 @@ from torch.distributed.checkpoint import state_dict as gathered
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from eval import Measured, fractions, measure, rounded, router_metrics
 from model import CHOICES as MODEL_CHOICES
-from model import PRESETS, MoR, MoRConfig, Output
-from prepare import Parser, Shards, fail, load_meta
+from model import PRESETS, MoR, MoRConfig
+from prepare import Parser, Shards, check_tokenizer, fail, load_meta, load_tokenizer
+from sample import DAMAGE, load_run, read_checkpoint
 
 MODEL_DEFAULTS = dict(router="expert", n_recursion=3)  # what "a MoR" means when no flag says otherwise
 TERMS = ("lm", "aux", "balance", "z")  # of Output.losses
+DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 CHOICES = {
     "preset": tuple(PRESETS),
+    "init": ("stepwise", "average", "lower", "upper", "reference"),
     "schedule": ("trapezoid", "cosine"),
     "device": ("auto", "cpu", "cuda", "mps"),
-    "dtype": ("auto", "bf16", "fp32"),
+    "dtype": ("auto", *DTYPES),
     "parallel": ("ddp", "fsdp"),
 }
 
@@ -68,7 +79,9 @@ class TrainConfig:
 
     data: str = "data/python"  # directory that prepare.py wrote
     out: str = "out/demo"  # run directory: config.json, metrics.jsonl, checkpoints, loss.png
-    preset: str = "nano"  # model size: nano, 135M, 360M, 730M or 1.7B
+    preset: str = "nano"  # model size
+    init_from: str = ""  # instead of --preset: a Hugging Face Llama, an export of eval.py, a run, or a checkpoint
+    init: str = "stepwise"  # how a Llama's layers become the shared block (model.py, MoR.from_pretrained)
     steps: int = 800  # optimizer steps; with --cooldown-from, the steps of the cool-down
     batch_tokens: int = 2048  # tokens per step over all processes
     micro_batch: int = 32  # at most this many sequences per forward pass of a process; the rest is accumulated
@@ -77,8 +90,6 @@ class TrainConfig:
     warmup: float = 0.05  # linear warm-up: a fraction of the steps, or a number of steps if 1 or more
     cooldown: float = 0.2  # trapezoid's cool-down: a fraction of the steps, or a number of steps if 1 or more
     weight_decay: float = 0.1  # AdamW's, on matrices only
-    beta1: float = 0.9  # AdamW's
-    beta2: float = 0.95  # AdamW's
     clip: float = 1.0  # largest norm of the gradient
     capacity_warmup: int = 0  # steps in which capacities fall from 1 to their values on a half cosine
     doc_mask: bool = False  # attention never crosses a document border (end-of-text opens the next document)
@@ -93,20 +104,18 @@ class TrainConfig:
     eval_tokens: int = 65536  # tokens of the fixed validation blocks
     save_every: int = 0  # steps between checkpoints; 0: at every evaluation
     keep: int = 2  # newest checkpoints to keep; the best one is kept besides
-    resume: str = "auto"  # auto: from the newest good checkpoint in --out; never; or a checkpoint file
+    resume: str = "auto"  # auto: from the newest good checkpoint in --out; or a checkpoint file
     cooldown_from: str = ""  # checkpoint on the plateau of another run, to cool down from in --steps steps
     max_skipped: int = 10  # stop after this many non-finite updates in a row (each is skipped)
     tensorboard: bool = False  # also write TensorBoard events to --out
     wandb: bool = False  # also log to Weights & Biases
 
     def problems(self) -> list[str]:
+        counts = "steps batch_tokens micro_batch log_every eval_every eval_tokens keep max_skipped"
         rules = (
-            ("steps batch_tokens micro_batch log_every eval_every", "at least 1", lambda x: x >= 1),
-            ("eval_tokens keep max_skipped", "at least 1", lambda x: x >= 1),
-            ("warmup cooldown weight_decay", "a finite number >= 0", lambda x: 0 <= x < math.inf),
-            ("capacity_warmup save_every seed", "at least 0", lambda x: x >= 0),
+            (counts, "at least 1", lambda x: x >= 1),
+            ("warmup cooldown weight_decay capacity_warmup save_every seed", "at least 0", lambda x: 0 <= x < math.inf),
             ("lr clip", "a finite number > 0", lambda x: 0 < x < math.inf),
-            ("beta1 beta2", "in [0, 1)", lambda x: 0 <= x < 1),
         )
         wrong = ((n, must) for names, must, good in rules for n in names.split() if not good(getattr(self, n)))
         return [f"{flag(n)} {getattr(self, n)} must be {must}" for n, must in wrong]
@@ -120,12 +129,17 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(x) for x in text.split(","))
+
+
 def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict]:
     """Flags generated from the fields of both dataclasses -> (TrainConfig, the MoRConfig fields that were given)."""
     parser = Parser(
         description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS, allow_abbrev=False
     )
-    for cls, title in ((TrainConfig, "training"), (MoRConfig, "model (default: what --preset says)")):
+    kinds = dict(tuple=numbers, float=float, int=int, str=str)  # by the first of these names in the annotation
+    for cls, title in ((TrainConfig, "training"), (MoRConfig, "model (default: what --preset or --init-from says)")):
         group = parser.add_argument_group(title)
         helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
         for f in fields(cls):
@@ -135,25 +149,19 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict]:
             if f.type is bool:
                 group.add_argument(flag(f.name), action=BooleanOptionalAction, help=text)
                 continue
+            kind = next(kind for name, kind in kinds.items() if name in str(f.type))
             choices = [c for c in (CHOICES | MODEL_CHOICES).get(f.name, ()) if c is not None] or None
-            metavar = None if choices else "X"
-            group.add_argument(flag(f.name), type=converter(f.type), choices=choices, metavar=metavar, help=text)
+            group.add_argument(flag(f.name), type=kind, choices=choices, metavar=None if choices else "X", help=text)
     given = vars(parser.parse_args(argv))
     cfg = TrainConfig(**{f.name: given[f.name] for f in fields(TrainConfig) if f.name in given})
-    if problems := cfg.problems():
+    problems = cfg.problems()
+    if cfg.init_from and "preset" in given:
+        problems.append("--init-from has a size of its own: leave --preset out")
+    missing = [name for name in ("tensorboard", "wandb") if getattr(cfg, name) and find_spec(name) is None]
+    problems += [f"--{name} needs that package: pip install {name}" for name in missing]
+    if problems:
         fail("; ".join(problems))
     return cfg, {f.name: given[f.name] for f in fields(MoRConfig) if f.name in given}
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(x) for x in text.split(","))
-
-
-def converter(annotation):
-    """What reads a flag of this type: int, float, str, `numbers` for a tuple ("1,0.5"), or for one of them or None."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
-    return numbers if typing.get_origin(annotation) is tuple else annotation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,59 +193,56 @@ class World:
 
     def agree(self, yes: bool) -> bool:
         """Whether any process says yes. Always over gloo on the CPU: asking must not wait for the GPU."""
-        if self.size == 1:
-            return yes
-        answer = torch.tensor(int(yes))
-        dist.all_reduce(answer, dist.ReduceOp.MAX)
-        return bool(answer)
+        return bool(self.sum(torch.tensor(int(yes))))
 
     def chief_does(self, function, *args):
-        """Runs it on the chief -> its result there, None elsewhere. If it fail()s, every process exits with it."""
-        result = problem = None
+        """Runs it on the chief -> its result, on every process. If it fail()s, every process exits with it."""
+        box = [None, None]
         if self.chief:
             try:
-                result = function(*args)
+                box[0] = function(*args)
             except SystemExit as e:
-                problem = e
-        if self.agree(problem is not None):
-            raise problem or SystemExit(2)
-        return result
-
-    def share(self, obj):
-        """The chief's object, on every process."""
-        if self.size == 1:
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+                box[1] = e.code
+        if self.size > 1:
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
+        if box[1] is not None:
+            sys.exit(box[1])
         return box[0]
-
-
-def pick_device(cfg: TrainConfig, local_rank: int) -> torch.device:
-    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = next(n for n in ("cuda", "mps", "cpu") if has[n]) if cfg.device == "auto" else cfg.device
-    if not has[name]:
-        fail(f"--device {name}: this PyTorch ({torch.__version__}) sees no such device; use --device auto")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        fail(f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} present; lower --nproc_per_node")
-    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
 
 
 def join_world(cfg: TrainConfig) -> World:
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if cfg.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+    torchrun = "WORLD_SIZE" in os.environ
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available() and not torchrun, cpu=True)
+    name = next(n for n in has if has[n]) if cfg.device == "auto" else cfg.device
+    if not has[name]:
+        fail(f"--device {name}: this PyTorch ({torch.__version__}) sees no such device; use --device auto")
+    if name == "cuda" and local >= torch.cuda.device_count():
+        fail(f"process {local} has no GPU of its own: {torch.cuda.device_count()} present; lower --nproc_per_node")
+    if cfg.parallel == "fsdp" and not torchrun:
         fail("--parallel fsdp shards over processes: start it as torchrun --nproc_per_node=N train.py ...")
-    world = World(pick_device(cfg, local), rank, size, local)
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
+    if name == "cuda":
+        torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
-    return world
+    if torchrun:
+        backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meeting_place(), rank=rank, world_size=size)
+    return World(torch.device(name, local) if name == "cuda" else torch.device(name), rank, size, local)
 
 
-def faster_dtype(device: torch.device) -> str:
-    """bf16 where this machine multiplies it faster than fp32: not on every CPU."""
-    return "bf16" if measure_peak(device, torch.bfloat16) > measure_peak(device, torch.float32) else "fp32"
+def meeting_place() -> dist.Store | None:
+    """Where the processes find each other; None: where torch does. torchrun keeps one store through all restarts, and
+    after one a process would connect to the addresses of the dead: each attempt needs a part of it to itself. Several
+    nodes count their attempts differently, but can have a new store for each."""
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    if env["GROUP_WORLD_SIZE"] != "1":
+        if env["TORCHELASTIC_MAX_RESTARTS"] != "0":
+            fail("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each, before torchrun")
+        return None
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(env["TORCHELASTIC_RESTART_COUNT"], store)
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
@@ -253,7 +258,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# data
+# data and initial model: all that can be checked before anything is computed
 
 
 class Blocks:
@@ -281,7 +286,7 @@ class Blocks:
 def to_device(rows: np.ndarray, eot: int | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tokens [B, T+1] -> idx, targets [B, T], and segments [B, T] if eot is given: each end-of-text opens a document,
     so that every target is predicted from its own document, a document's first token too."""
-    rows = torch.from_numpy(rows.astype(np.int64))
+    rows = torch.from_numpy(rows)
     if device.type == "cuda":
         rows = rows.pin_memory()
     rows = rows.to(device, non_blocking=True)
@@ -289,35 +294,51 @@ def to_device(rows: np.ndarray, eot: int | None, device: torch.device) -> tuple[
     return idx, targets, None if eot is None else (idx == eot).cumsum(1)
 
 
-def validation_rows(shards: Shards, T: int, tokens: int) -> np.ndarray:
-    """The fixed evaluation blocks [E, T+1], evenly spread over the validation tokens."""
-    available = (len(shards) - 1) // T
-    picks = np.linspace(0, available - 1, min(available, max(1, tokens // T))).round().astype(int)
-    return np.stack([shards.tokens(int(i) * T, T + 1) for i in picks])
-
-
-def open_data(cfg: TrainConfig, given: dict) -> tuple[dict, Shards, Shards, MoRConfig]:
-    """Checks all that can be checked before anything is computed."""
-    meta = load_meta(cfg.data)
-    train, val = Shards(cfg.data, "train"), Shards(cfg.data, "val")
-    settings = MODEL_DEFAULTS | {"vocab_size": meta["vocab_size"]} | given
+def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig, dict[str, Tensor] | None]:
+    """What --preset or --init-from and the model flags describe -> (its configuration, weights if it comes with any).
+    Every process reads --init-from: a mistake ends them all, and file and seed make the same weights in each."""
+    path, weights, remedy = Path(cfg.init_from), None, "leave --vocab-size out"
+    own = path.is_file() or any(path.glob("ckpt_*.pt"))
     try:
-        config = MoRConfig.preset(cfg.preset, **settings)
+        if not cfg.init_from:
+            config = MoRConfig.preset(cfg.preset, **(MODEL_DEFAULTS | dict(vocab_size=meta["vocab_size"]) | given))
+        else:
+            torch.manual_seed(cfg.seed)  # of new routers
+            model, theirs, _ = load_run(path) if own else (MoR.from_pretrained(path, cfg.init, **given), meta, None)
+            weights, remedy = model.state_dict(), "prepare the data with the tokenizer of the weights"
+            config = MoRConfig(**(model.config.asdict() | given))
     except ValueError as e:
-        fail(str(e))
-    T = config.block_size
+        fail(str(e)[:400])
     if config.vocab_size < meta["vocab_size"]:
-        fail(f"--vocab-size {config.vocab_size} is below the {meta['vocab_size']} of {cfg.data}: leave the flag out")
+        fail(f"a vocabulary of {config.vocab_size} is below the {meta['vocab_size']} of {cfg.data}: {remedy}")
+    if weights is None:
+        return config, None
+    with torch.device("meta"):
+        needed = {name: tensor.shape for name, tensor in MoR(config).state_dict().items()}
+    if needed != {name: tensor.shape for name, tensor in weights.items()}:
+        fail(f"the weights in {path} do not fit the model flags: leave these out, or start from what eval.py exports")
+    if theirs["tokenizer"] != meta["tokenizer"]:
+        fail(f"{path} was trained with tokenizer {theirs['tokenizer']}, {cfg.data} has {meta['tokenizer']}: {remedy}")
+    home = path.parent if path.is_file() else path
+    if any(home.glob("*token*")):  # a tokenizer beside the weights: it must be that of the data
+        check_tokenizer(home, load_tokenizer(cfg.data))
+    return config, weights
+
+
+def open_data(cfg: TrainConfig, meta: dict, config: MoRConfig) -> tuple[Shards, Shards]:
+    """Training and validation tokens, enough of them for the batch and the model."""
+    train, val, T = Shards(cfg.data, "train"), Shards(cfg.data, "val"), config.block_size
+    sequences, processes = cfg.batch_tokens // T, int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_tokens % T:
         near = max(1, round(cfg.batch_tokens / T)) * T
         fail(f"--batch-tokens {cfg.batch_tokens} must be a multiple of the block size {T}: use {near}")
-    if (sequences := cfg.batch_tokens // T) % (processes := int(os.environ.get("WORLD_SIZE", 1))):
+    if sequences % processes:
         fail(f"--batch-tokens {cfg.batch_tokens}: {processes} processes cannot share its {sequences} sequences equally")
     if (len(train) - 1) // T < sequences:
         fail(f"{cfg.data} has {len(train)} training tokens, less than one batch: lower --batch-tokens")
     if len(val) <= T:
         fail(f"{cfg.data} has {len(val)} validation tokens, not one block of {T}: prepare with a larger --val-fraction")
-    return meta, train, val, config
+    return train, val
 
 
 def check_ids(cfg: TrainConfig, shards: tuple[Shards, ...], vocab_size: int, world: World) -> None:
@@ -333,12 +354,12 @@ def check_ids(cfg: TrainConfig, shards: tuple[Shards, ...], vocab_size: int, wor
 def bigram_nll(train: Shards, rows: np.ndarray, vocab_size: int, most: int = 1 << 24) -> float:
     """Nats per token, on the targets of rows [E, T+1], of a Witten-Bell bigram model of the first `most` train tokens:
     P(b|a) = (count(a, b) + kinds(a) P(b)) / (count(a) + kinds(a)), kinds(a) the number of its different successors."""
-    t = train.tokens(0, min(most, len(train))).astype(np.int64)
+    t = train.tokens(0, min(most, len(train)))
     unigram = (np.bincount(t, minlength=vocab_size) + 1) / (t.size + vocab_size)
     pairs, counts = np.unique(t[:-1] * vocab_size + t[1:], return_counts=True)
     context = np.bincount(t[:-1], minlength=vocab_size)
     kinds = np.bincount(pairs // vocab_size, minlength=vocab_size)
-    a, b = rows[:, :-1].astype(np.int64).ravel(), rows[:, 1:].astype(np.int64).ravel()
+    a, b = rows[:, :-1].ravel(), rows[:, 1:].ravel()
     place = np.searchsorted(pairs, a * vocab_size + b).clip(max=pairs.size - 1)
     seen = np.where(pairs[place] == a * vocab_size + b, counts[place], 0)
     p = np.where(context[a] > 0, (seen + kinds[a] * unigram[b]) / np.maximum(context[a] + kinds[a], 1), unigram[b])
@@ -428,17 +449,13 @@ def sync_gradients(wrapped: torch.nn.Module, last: bool) -> None:
 
 
 def make_optimizer(model: MoR, cfg: TrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) is two] for two in (True, False))
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a step
-
-
-NOTHING_DONE = dict(step=0, sequences=0, best_loss=math.inf, best_step=-1, skipped=0)
 
 
 @dataclass
@@ -454,12 +471,21 @@ class Run:
     model: MoR
     wrapped: torch.nn.Module
     optimizer: torch.optim.AdamW
+    peak: float  # FLOP/s of matrix products over all processes
     bad: Tensor  # non-finite: [in a row, skipped updates, times each of TERMS was the reason]
-    progress: dict = field(default_factory=lambda: dict(NOTHING_DONE))
+    progress: dict = field(
+        default_factory=lambda: dict(step=0, sequences=0, best_loss=math.inf, best_step=-1, skipped=0)
+    )
 
     @property
     def out(self) -> Path:
         return Path(self.cfg.out)
+
+    def saved_config(self) -> dict:
+        return dict(model=self.config.asdict(), train=asdict(self.cfg), data=self.meta)
+
+    def eot(self) -> int | None:
+        return self.meta["eot"] if self.cfg.doc_mask else None
 
     def autocast(self):
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.cfg.dtype == "bf16" else nullcontext()
@@ -469,8 +495,7 @@ class Run:
         share = self.cfg.batch_tokens // self.config.block_size // self.world.size
         size = next(n for n in range(min(share, self.cfg.micro_batch), 0, -1) if share % n == 0)
         first = self.progress["sequences"] + self.world.rank * share
-        eot = self.meta["eot"] if self.cfg.doc_mask else None
-        return [to_device(rows, eot, self.world.device) for rows in self.blocks.batches(first, share, size)]
+        return [to_device(rows, self.eot(), self.world.device) for rows in self.blocks.batches(first, share, size)]
 
 
 def train_step(run: Run) -> Tensor:
@@ -513,8 +538,6 @@ def train_step(run: Run) -> Tensor:
 
 def warm_up(run: Run) -> None:
     """Compiles before the first step, so that a recompile after it is a bug, and raises."""
-    if not run.cfg.compile:
-        return
     idx, targets, segments = run.micro_batches()[0]
     capacity = run.schedule.capacity(run.progress["step"], run.config, run.world.device)
     for name, cap in (("capacity warm-up", capacity), ("training", None)):
@@ -533,81 +556,47 @@ def warm_up(run: Run) -> None:
 # evaluation
 
 
-@torch.no_grad()
 def evaluate(run: Run, rows: np.ndarray) -> dict:
-    """The evaluation blocks [E, T+1], divided over the processes and reduced exactly -> NLL (nats per token) with
-    causal and with top-k routing, and the health of the router. Eager: two more graphs cost more than they save."""
+    """The evaluation blocks [E, T+1], divided over the processes and gathered -> NLL (nats per token) with causal and
+    with top-k routing, and the health of the router. Eager: two more graphs cost more than they save."""
     world, config = run.world, run.config
-    size = min(run.cfg.micro_batch, -(-len(rows) // world.size))
-    eot = run.meta["eot"] if run.cfg.doc_mask else None
-    routings = ["causal", "topk"] if config.router == "expert" else ["causal"]
-    if config.router == "expert" and config.causality == "none":
-        routings = ["topk"]
-    sums = dict.fromkeys(routings, 0.0)
+    part = -(-len(rows) // world.size)  # the last one wraps round: every process must make the same calls
+    mine = rows[np.arange(world.rank * part, (world.rank + 1) * part) % len(rows)]
+    expert, causal = config.router == "expert", config.router != "expert" or config.causality != "none"
     run.model.eval()
     with torch.compiler.set_stance("force_eager"), run.autocast():
-        for start in range(0, len(rows), size * world.size):
-            mine = rows[start + world.rank * size :][:size]
-            real = len(mine)  # the rest is filled up with row 0 and ignored, so that every process makes the same calls
-            mine = np.concatenate([mine, rows[:1].repeat(size - real, 0)])
-            idx, targets, segments = to_device(mine, eot, world.device)
-            targets[real:] = -100
-            for routing in routings:
-                out = run.model(idx, targets, routing, segments=segments, return_logits=False)
-                sums[routing] = sums[routing] + tally(out, real, config)
+        passes = {
+            routing: measure(run.model, mine, routing, run.eot())
+            for routing, defined in (("causal", causal), ("topk", expert))
+            if defined
+        }
     run.model.train()
-    metrics = {}
-    for routing in routings:
-        metrics |= report(world.sum(sums[routing]).numpy(), routing, run)
-    return metrics
-
-
-def tally(out: Output, real: int, config: MoRConfig) -> Tensor:
-    """Sums over the first `real` rows of a batch, fp64 [2 + (N+1) + 3N + T]: nll and tokens; tokens per depth 0..N; per
-    recursion the causal decisions that equal the one taken, candidates, probabilities; per position, full depth."""
-    N, depth = config.n_recursion, out.depth[:real]
-    parts = [out.losses["lm"] * depth.numel(), torch.tensor(float(depth.numel()))]
-    parts += [(depth == d).sum() for d in range(N + 1)]
-    router = torch.zeros(*depth.shape, N) if out.router is None else out.router[:real]
-    candidates = [depth >= r for r in range(N)]
-    parts += [((depth > r) == (router[..., r] >= 0))[candidates[r]].sum() for r in range(N)]
-    parts += [c.sum() for c in candidates]
-    p = router.softmax(-1) if config.router == "token" else router.sigmoid()
-    parts += [p[..., r].sum() for r in range(N)]
-    parts += [(depth == N).sum(0)]
-    return torch.cat([part.reshape(-1).cpu().double() for part in parts])
-
-
-def report(sums: np.ndarray, routing: str, run: Run) -> dict:
-    """Metrics out of the sums of tally()."""
-    N = run.config.n_recursion
-    (nll, tokens), depths, agree, candidates, p, last = np.split(sums, np.cumsum([2, N + 1, N, N, N]))
-    name = "val_loss" if routing == "causal" else "val_topk"
-    metrics = {name: float(nll / tokens)}
-    if run.meta["val_bytes"]:  # unknown for shards without meta.json
-        metrics[name + "_bpb"] = metrics[name] / math.log(2) * run.meta["val_tokens"] / run.meta["val_bytes"]
-    if run.config.router == "none":
-        return metrics
-    selected = depths[::-1].cumsum()[::-1][1:] / tokens
-    metrics["selected" if routing == "causal" else "selected_topk"] = selected.round(6).tolist()
-    if routing == "causal":
-        metrics["depth"] = float(selected.sum())
-        metrics["maxvio"] = float(depths[1:].max() / depths[1:].mean() - 1)  # load: the tokens that leave at each depth
-    if routing == "topk" or run.config.router == "token":
-        share = p / p.sum()
-        metrics["entropy"] = float(-(share * np.log(share + 1e-30)).sum())
-        metrics["dead"] = float((last == 0).mean())  # positions that no evaluation block sends to the last recursion
-    if routing == "topk":
-        chosen = [r for r in range(N) if run.config.capacities[r] < 1]
-        metrics["agreement"] = [round(float(agree[r] / max(1, candidates[r])), 6) for r in chosen]
-    return metrics
+    parts, metrics = [passes] * world.size, {}
+    if world.size > 1:
+        dist.all_gather_object(parts, passes)
+    for routing in passes:
+        fields = zip(*(part[routing] for part in parts), strict=True)
+        m = passes[routing] = Measured(*(None if x[0] is None else np.concatenate(x)[: len(rows)] for x in fields))
+        name = "val_loss" if routing == "causal" else "val_topk"
+        metrics[name] = m.nll.mean(dtype=float)
+        if run.meta["val_bytes"]:  # unknown for shards without meta.json
+            metrics[name + "_bpb"] = metrics[name] / math.log(2) * run.meta["val_tokens"] / run.meta["val_bytes"]
+        if config.router != "none":
+            metrics["selected" if routing == "causal" else "selected_topk"] = fractions(m.depth, config.n_recursion)
+    if config.router != "none":
+        taken, trained = (router_metrics(run.model, m) for m in (list(passes.values())[0], list(passes.values())[-1]))
+        metrics |= dict(depth=sum(metrics.get("selected") or metrics["selected_topk"]), maxvio=taken["max_vio"])
+        metrics |= dict(entropy=trained["entropy"], dead=trained["dead_token_ratio"])
+        if expert:
+            metrics["agreement"] = list(trained["sampling_accuracy_by_recursion"].values())
+    return rounded(metrics)
 
 
 def router_warnings(metrics: dict, config: MoRConfig) -> list[str]:
     """What a collapsing router looks like, in words."""
     found, selected = [], metrics.get("selected", [])
     if config.router == "token":
-        for d, share in enumerate(-np.diff([*selected, 0.0]), 1):  # share of the tokens that leave at depth d
+        for d, share in enumerate(-np.diff([*selected, 0.0]), 1):  # of the tokens that leave at depth d
             if share < 0.02:
                 found.append(f"{share:.1%} of the tokens choose depth {d}: raise --balance-coef, or use --balance bias")
     if config.router == "expert":
@@ -623,43 +612,39 @@ def router_warnings(metrics: dict, config: MoRConfig) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-GATHER = gathered.StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file from 1 process, DDP and FSDP
-SCATTER = gathered.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+GATHER = gathered.StateDictOptions(full_state_dict=True, cpu_offload=True)  # one kind of file for 1 process, DDP, FSDP
 
 
 def save(run: Run) -> None:
-    """Writes ckpt_STEP.pt so that at every moment either the whole file exists or none of it; then prunes."""
-    world, step = run.world, run.progress["step"]
     run.progress["skipped"] = int(run.bad[1])
     state = dict(
         model=gathered.get_model_state_dict(run.model, options=GATHER),
         optimizer=gathered.get_optimizer_state_dict(run.model, run.optimizer, options=GATHER),
-        config=run_config(run),
+        config=run.saved_config(),
         schedule=asdict(run.schedule),
         rng=torch.get_rng_state(),
         **run.progress,
     )
-    problem = None
-    if world.chief:
-        try:
-            write_atomically(run.out / f"ckpt_{step:06d}.pt", lambda f: torch.save(state, f))
-            keep = [run.progress["best_step"], *sorted(map(step_of, run.out.glob("ckpt_*.pt")))[-run.cfg.keep :]]
-            for path in run.out.glob("ckpt_*.pt"):
-                if step_of(path) not in keep:
-                    path.unlink()
-        except (OSError, RuntimeError) as e:
-            problem = f"cannot save the checkpoint of step {step} in {run.out}: {e}; earlier checkpoints are intact"
-    if problem := world.share(problem):
-        fail(" ".join(problem.split()))
+    run.world.chief_does(write_checkpoint, run, state)
 
 
-def run_config(run: Run) -> dict:
-    return dict(model=run.config.asdict(), train=asdict(run.cfg), data=run.meta)
+def write_checkpoint(run: Run, state: dict) -> None:
+    """Writes ckpt_STEP.pt so that at every moment either the whole file exists or none of it; then prunes."""
+    try:
+        write_atomically(run.out / f"ckpt_{state['step']:06d}.pt", lambda f: write_state(f, state))
+        for path in checkpoints(run.out)[: -run.cfg.keep]:
+            if step_of(path) != state["best_step"]:
+                path.unlink()
+    except (OSError, RuntimeError) as e:
+        fail(f"cannot save the checkpoint of step {state['step']} in {run.out}: {e}; earlier checkpoints are intact")
 
 
-def step_of(path: Path) -> int:
-    digits = path.stem.removeprefix("ckpt_")
-    return int(digits) if digits.isdigit() else -1
+def write_state(f, state: dict) -> None:
+    """What torch.save makes, and behind it the digest of that, which torch.load does not mind. The checksums inside the
+    file would not do: torch.load ignores them, and damage to its directory goes past them."""
+    torch.save(state, f)
+    f.flush()
+    f.write(hashlib.sha256(np.memmap(f.name, np.uint8, "r")).digest())
 
 
 def write_atomically(path: Path, write) -> None:
@@ -678,76 +663,121 @@ def write_atomically(path: Path, write) -> None:
         raise
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint whose every byte is accounted for; anything else raises. torch.load ignores the checksums that
-    torch.save puts into the file (a zip archive), so they are checked here."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"checksum of {damaged} does not match")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    missing = {"model", "optimizer", "config", "schedule", "step", "sequences"} - checkpoint.keys()
-    if missing:
-        raise ValueError(f"no {', '.join(sorted(missing))} in it")
-    return checkpoint
+def checkpoints(out: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(out.glob("ckpt_*.pt"), key=step_of)
 
 
-def find_checkpoint(cfg: TrainConfig) -> tuple[Path, dict] | None:
-    """What to continue from: the newest good checkpoint in --out, --resume's, or where --cooldown-from starts."""
-    paths = sorted(Path(cfg.out).glob("ckpt_*.pt"), key=step_of, reverse=True)
-    named = cfg.resume if cfg.resume not in ("auto", "never") else "" if paths else cfg.cooldown_from
-    if cfg.resume == "never" and paths:
-        fail(f"--resume never: {cfg.out} holds {paths[0].name}: choose another --out, or remove that directory")
+def step_of(path: Path) -> int:
+    digits = path.stem.removeprefix("ckpt_")
+    return int(digits) if digits.isdigit() else -1
+
+
+def find_checkpoint(cfg: TrainConfig, tensors: dict) -> tuple[Path, dict] | None:
+    """What to continue from: the newest good checkpoint in --out, --resume's, or where --cooldown-from starts -> its
+    path and what every process must know of it; weights and optimizer go to `tensors`, as only the chief needs them."""
+    paths, named = checkpoints(Path(cfg.out)), cfg.resume
+    if cfg.cooldown_from and Path(cfg.cooldown_from).resolve().parent == Path(cfg.out).resolve():
+        fail(f"--cooldown-from {cfg.cooldown_from} is in --out {cfg.out}: give the cool-down an --out of its own")
+    if named == "auto":
+        named = "" if paths else cfg.cooldown_from
     if named and not Path(named).is_file():
         fail(f"checkpoint {named} does not exist")
-    if named and paths and step_of(Path(named)) < step_of(paths[0]):
-        fail(f"--resume {named}: {cfg.out} holds the later {paths[0].name}: choose another --out, or remove that file")
-    for path in [Path(named)] if named else paths:
+    if named and paths and step_of(Path(named)) < step_of(paths[-1]):
+        fail(f"--resume {named}: {cfg.out} holds the later {paths[-1].name}: choose another --out, or remove that file")
+    for path in [Path(named)] if named else paths[::-1]:
         try:
-            return path, read_checkpoint(path)
-        except Exception as e:  # whatever unpickling damaged bytes comes up with
+            checkpoint = read_checkpoint(path)
+        except DAMAGE as e:
             reason = f"checkpoint {path} is damaged ({' '.join(str(e).split())[:200] or type(e).__name__})"
             if named:
                 fail(f"{reason}: use another one")
             print(f"warning: {reason}: trying the one before", file=sys.stderr, flush=True)
+            continue
+        tensors.update(model=checkpoint.pop("model"), optimizer=checkpoint.pop("optimizer"))
+        return path, checkpoint
     if paths:
         fail(f"every checkpoint in {cfg.out} is damaged: remove that directory to start over")
     return None
 
 
-def check_same_run(run_now: dict, then: dict, path: Path) -> list[str]:
-    """Refuses another model or tokenizer; -> what else differs between this command and the checkpoint's, in words."""
-    now, then = (json.loads(json.dumps(c)) for c in (run_now, then))  # tuples become lists on both sides
+def resume(run: Run, path: Path, saved: dict, tensors: dict) -> None:
+    """Puts the run where the checkpoint was, whatever processes wrote it. Says precisely what will not be as it was."""
+    notes, run.schedule = run.world.chief_does(check_same_run, run, path, saved)
+    options = replace(GATHER, cpu_offload=False, broadcast_from_rank0=dist.is_initialized())
+    gathered.set_model_state_dict(run.model, tensors.get("model", {}), options=options)
+    gathered.set_optimizer_state_dict(run.model, run.optimizer, tensors.get("optimizer", {}), options=options)
+    run.progress = {k: saved[k] for k in run.progress}
+    run.bad[1] = run.progress["skipped"]
+    torch.set_rng_state(saved["rng"])
+    if run.cfg.cooldown_from and path.parent != run.out:
+        run.progress.update(best_loss=math.inf, best_step=-1)
+    run.world.say(f"continuing from {path}" + (f"; changed since: {', '.join(notes)}" if notes else ""))
+
+
+def check_same_run(run: Run, path: Path, saved: dict) -> tuple[list[str], Schedule]:
+    """Refuses another model or tokenizer, and a step that the schedule does not have -> (what else differs between this
+    command and the checkpoint's, in words; the schedule from here)."""
+    now, then = (json.loads(json.dumps(c)) for c in (run.saved_config(), saved["config"]))  # tuples become lists
     differ = {part: [k for k in now[part] if now[part][k] != then[part].get(k)] for part in ("model", "train", "data")}
     model = [f"{k} {then['model'].get(k)} there, {now['model'][k]} here" for k in differ["model"]]
     if model:
         fail(f"{path} is another model ({', '.join(model)}): repeat its flags, or choose another --out")
     theirs, ours = ((c["data"]["tokenizer"], c["data"]["vocab_size"]) for c in (then, now))
     if theirs != ours:
-        fail(f"{path} was trained with tokenizer {theirs}, {now['train']['data']} has {ours}: use data of the same one")
+        fail(f"{path} was trained with tokenizer {theirs}, {run.cfg.data} has {ours}: use data of the same one")
     harmless = "out resume cooldown_from data device dtype compile log_every keep tensorboard wandb".split()
     notes = [f"{k} {then['train'].get(k)} -> {now['train'][k]}" for k in differ["train"] if k not in harmless]
-    return notes + ["data (its blocks come in another order from here)"] * bool(differ["data"])
-
-
-def restore(run: Run, checkpoint: dict | None, shared: dict) -> None:
-    """Weights, optimizer and progress out of a checkpoint that the chief has read, whatever processes wrote it."""
-    options = replace(SCATTER, broadcast_from_rank0=dist.is_initialized())
-    weights, optimizer = (checkpoint["model"], checkpoint["optimizer"]) if run.world.chief else ({}, {})
-    gathered.set_model_state_dict(run.model, weights, options=options)
-    gathered.set_optimizer_state_dict(run.model, run.optimizer, optimizer, options=options)
-    run.progress = {k: shared[k] for k in run.progress}
-    run.bad[1] = run.progress["skipped"]
-    torch.set_rng_state(shared["rng"])
+    notes += ["data (its blocks come in another order from here)"] * bool(differ["data"])
+    there, step, steps = Schedule(**saved["schedule"]), saved["step"], run.schedule.steps
+    if run.cfg.cooldown_from:  # from another run's plateau, or a cool-down that was interrupted
+        return notes, there if path.parent == run.out else there.cooled(step, run.cfg.steps)
+    if step > steps:
+        fail(f"{path} has done {step} steps already, more than --steps {steps}")
+    return notes, run.schedule
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is told: log, metrics.jsonl, picture
 
 
+def start_run_directory(run: Run) -> None:
+    """config.json, and metrics.jsonl without what was logged after the checkpoint that the run continues from."""
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        for leftover in run.out.glob("*.tmp"):
+            leftover.unlink()
+        text = json.dumps(run.saved_config(), indent=1)
+        write_atomically(run.out / "config.json", lambda f: f.write(text.encode()))
+        ranks = Path(run.cfg.data, run.meta["tokenizer"])
+        if ranks.suffix == ".tiktoken" and ranks.exists():  # so that the run can be sampled wherever it is moved
+            shutil.copyfile(ranks, run.out / ranks.name)
+        rows = [row for row in read_metrics(run.out) if row["step"] <= run.progress["step"] and run.progress["step"]]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(run.out / "metrics.jsonl", lambda f: f.write(text.encode()))
+    except OSError as e:
+        fail(f"cannot write to --out {run.out}: {e.strerror}")
+
+
+def open_sinks(cfg: TrainConfig) -> list:
+    """The optional ones: (log(numbers, step), close()) each."""
+    sinks = []
+    if cfg.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(cfg.out)
+        log = lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]  # noqa: E731
+        sinks.append((log, writer.close))
+    if cfg.wandb:
+        import wandb
+
+        wandb.init(project="nanomor", name=Path(cfg.out).name, dir=cfg.out, config=asdict(cfg))
+        sinks.append((wandb.log, wandb.finish))
+    return sinks
+
+
 def record(run: Run, row: dict, sinks: list) -> None:
     """One line of metrics.jsonl, and the same to the optional sinks."""
-    if not run.world.chief:
-        return
     row = dict(step=run.progress["step"]) | row
     try:
         with open(run.out / "metrics.jsonl", "a") as f:
@@ -770,76 +800,29 @@ def read_metrics(out: Path) -> list[dict]:
     return rows
 
 
-def start_run_directory(run: Run) -> None:
-    """config.json, and metrics.jsonl without what was logged after the checkpoint that the run continues from."""
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-        for leftover in run.out.glob("*.tmp"):
-            leftover.unlink()
-        rows = [row for row in read_metrics(run.out) if row["step"] <= run.progress["step"] and run.progress["step"]]
-        text = json.dumps(run_config(run), indent=1)
-        write_atomically(run.out / "config.json", lambda f: f.write(text.encode()))
-        ranks = Path(run.cfg.data, run.meta["tokenizer"])
-        if ranks.suffix == ".tiktoken" and ranks.exists():  # so that the run can be sampled wherever it is moved
-            shutil.copyfile(ranks, run.out / ranks.name)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(run.out / "metrics.jsonl", lambda f: f.write(text.encode()))
-    except OSError as e:
-        fail(f"cannot write to --out {run.out}: {e.strerror}")
-
-
-def open_sinks(cfg: TrainConfig) -> list:
-    """The optional ones: (log(numbers, step), close()) each."""
-    sinks = []
-    try:
-        if cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(cfg.out)
-            log = lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]  # noqa: E731
-            sinks.append((log, writer.close))
-        if cfg.wandb:
-            import wandb
-
-            wandb.init(project="nanomor", name=Path(cfg.out).name, dir=cfg.out, config=asdict(cfg))
-            sinks.append((wandb.log, wandb.finish))
-    except ImportError as e:
-        fail(f"{e}: --tensorboard and --wandb need the packages of those names; pip install them")
-    return sinks
-
-
-def log_step(run: Run, stats: Tensor, seconds: float, steps: int, peak: float, sinks: list) -> None:
+def log_step(run: Run, stats: Tensor, seconds: float, steps: int, sinks: list) -> None:
     """The one place of the loop that waits for the device: what `steps` steps in `seconds` came to."""
-    cfg, world, step = run.cfg, run.world, run.progress["step"]
+    cfg, world, step, last = run.cfg, run.world, run.progress["step"], run.schedule.steps
     loss, lm, *others, depth = world.sum(stats[:-1].clone()).tolist()
     row = dict(loss=loss, lm=lm) | {k: v for k, v in zip(TERMS[1:], others, strict=True) if v != 0}
     row |= dict(depth=depth, norm=float(stats[-1]), lr=run.optimizer.param_groups[0]["lr"])
-    rate = steps * cfg.batch_tokens / seconds
+    shown = "  ".join(f"{k} {v:.2e}" if k == "lr" else f"{k} {v:.4g}" for k, v in row.items())
+    rate, skipped = steps * cfg.batch_tokens / seconds, int(run.bad[1])
     flops = 3 * run.model.flops_per_token(run.config.block_size, head=True) * rate  # backward is twice the forward
-    row |= dict(tokens_per_second=rate, flops_per_second=flops, of_peak=flops / peak, skipped=int(run.bad[1]))
-    record(run, row, sinks)
-    shown = "  ".join(f"{k} {v:.2e}" if k == "lr" else f"{k} {v:.4g}" for k, v in list(row.items())[:-4])
-    minutes, left = divmod(int((run.schedule.steps - step) * seconds / steps), 60)
+    row |= dict(tokens_per_second=rate, flops_per_second=flops, of_peak=flops / run.peak, skipped=skipped)
+    row |= dict(peak_memory=peak_memory(world.device))
+    minutes, left = divmod(int((last - step) * seconds / steps), 60)
     world.say(
-        f"step {step:>5}/{run.schedule.steps}  {shown}  {rate:,.0f} tok/s  {flops / 1e12:.3f} TFLOP/s"
-        f" {flops / peak:.0%} of peak  eta {minutes}:{left:02d}" + f"  skipped {row['skipped']}" * bool(row["skipped"])
+        f"step {step:>5}/{last}  {shown}  {rate:,.0f} tok/s  {flops / 1e12:.3f} TFLOP/s {flops / run.peak:.0%} of peak"
+        f"  eta {minutes}:{left:02d}" + f"  skipped {skipped}" * bool(skipped)
     )
+    world.chief_does(record, run, row, sinks)
     if run.bad[0] >= cfg.max_skipped:
         counts = zip(TERMS, world.sum(run.bad[2:].clone()).tolist(), strict=True)
         blame = ", ".join(f"{k} {int(n)} times" for k, n in counts if n) or "the gradient, no loss"
-        good = max(run.out.glob("ckpt_*.pt"), key=step_of, default="none yet")
+        good = (checkpoints(run.out) or ["none yet"])[-1]
         what = f"{int(run.bad[0])} updates in a row were not finite, all skipped (not finite: {blame})"
         world.chief_does(fail, f"{what}; the last good checkpoint: {good}; lower --lr or raise --warmup")
-
-
-def model_name(run: Run) -> str:
-    c = run.config
-    layers = f"1+{c.n_block}x{c.n_recursion}+1" if c.n_unshared else f"{c.n_block}x{c.n_recursion}"
-    return f"{run.cfg.preset}: {c.router} router, {layers} layers, {run.model.num_params() / 1e6:.2f}M + embedding"
-
-
-def main_loss(metrics: dict) -> str:
-    return "val_loss" if "val_loss" in metrics else "val_topk"
 
 
 def describe(metrics: dict) -> str:
@@ -867,34 +850,20 @@ def plot(run: Run, bigram: float) -> None:
         if points:
             ax.plot(*zip(*points, strict=True), style, label=label)
     ax.axhline(bigram, color="gray", ls=":", label="bigram model")
-    title = f"{run.out.name}: {run.cfg.preset}, {run.config.router} router, N = {run.config.n_recursion}"
-    ax.set(xlabel="step", ylabel="nats per token", title=title)
+    ax.set(xlabel="step", ylabel="nats per token", title=f"{run.out.name}: {describe_model(run)}")
     ax.legend()
     plt.savefig(run.out / "loss.png", dpi=120)
     plt.close()
 
 
+def describe_model(run: Run) -> str:
+    c, start = run.config, Path(run.cfg.init_from).name or run.cfg.preset
+    layers = f"1+{c.n_block}x{c.n_recursion}+1" if c.n_unshared else f"{c.n_block}x{c.n_recursion}"
+    return f"{start}, {c.router} router, {layers} layers, {run.model.num_params() / 1e6:.2f}M + embedding"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
-
-
-def continue_from(run: Run, path: Path, checkpoint: dict | None, shared: dict) -> None:
-    """Resumes, or leaves a plateau for its cool-down. Says precisely what will not be as it was."""
-    notes = run.world.chief_does(check_same_run, run_config(run), shared["config"], path)
-    run.schedule = run.world.share(run.world.chief_does(next_schedule, run, path, shared))
-    restore(run, checkpoint, shared)
-    if run.cfg.cooldown_from and path.parent != run.out:
-        run.progress.update(best_loss=math.inf, best_step=-1)
-    run.world.say(f"continuing from {path}" + (f"; changed since: {', '.join(notes)}" if notes else ""))
-
-
-def next_schedule(run: Run, path: Path, shared: dict) -> Schedule:
-    there, step = Schedule(**shared["schedule"]), shared["step"]
-    if run.cfg.cooldown_from:  # from another run's plateau, or a cool-down that was interrupted
-        return there if path.parent == run.out else there.cooled(step, run.cfg.steps)
-    if step > run.schedule.steps:
-        fail(f"{path} has done {step} steps already, more than --steps {run.schedule.steps}")
-    return run.schedule
 
 
 class StopRequest:
@@ -914,37 +883,38 @@ class StopRequest:
             os._exit(130)
 
 
-def train(run: Run, rows: np.ndarray, peak: float, sinks: list, stop: StopRequest) -> dict | None:
+def train(run: Run, rows: np.ndarray, sinks: list, stop: StopRequest) -> dict | None:
     """Steps, evaluations, checkpoints -> metrics of the last evaluation; None if asked to stop before. Goes round once
     more than there are steps, so that the last weights are evaluated and saved as well."""
     cfg, world, progress = run.cfg, run.world, run.progress
-    first, save_every = progress["step"], cfg.save_every or cfg.eval_every
+    first, last, save_every = progress["step"], run.schedule.steps, cfg.save_every or cfg.eval_every
     mark, marked, metrics = time.perf_counter(), first, None
     while True:
         step, stopping = progress["step"], world.agree(stop.since is not None)
-        done, fresh = step == run.schedule.steps, step > first  # not fresh: evaluated and saved before the restart
+        done, fresh = step == last, step > first  # not fresh: evaluated and saved before the restart
         saving = fresh and (done or stopping or step % save_every == 0)
         if done or (fresh and step % cfg.eval_every == 0 and not stopping):
             metrics = evaluate(run, rows)
             if fresh:
-                record(run, metrics, sinks)
-            if saving and metrics[main_loss(metrics)] < progress["best_loss"]:
-                progress.update(best_loss=metrics[main_loss(metrics)], best_step=step)
+                world.chief_does(record, run, metrics, sinks)
+            loss = metrics.get("val_loss", metrics.get("val_topk"))
+            if saving and loss < progress["best_loss"]:
+                progress.update(best_loss=loss, best_step=step)
             world.say(f"step {step:>5}  evaluation: {describe(metrics)}")
-            for warning in router_warnings(metrics, run.config) if step >= run.schedule.steps // 2 else []:
+            for warning in router_warnings(metrics, run.config) if step >= last // 2 else []:
                 world.say(f"warning: {warning}")
         if saving:
             save(run)
-        if done or stopping:
-            if stopping and not done:
-                world.say(f"stopped after step {step}; the same command continues from {run.out}")
-            return metrics if done else None
+        if done:
+            return metrics
+        if stopping:
+            return world.say(f"stopped after step {step}; the same command continues from {run.out}")
         if not fresh or saving or step % cfg.eval_every == 0:
             mark, marked = time.perf_counter(), step  # evaluating and saving are not training speed
         stats = train_step(run)
-        if (step + 1) % cfg.log_every == 0 or step + 1 == run.schedule.steps:
+        if (step + 1) % cfg.log_every == 0 or step + 1 == last:
             stats, now = stats.cpu(), time.perf_counter()
-            log_step(run, stats, now - mark, step + 1 - marked, peak, sinks)
+            log_step(run, stats, now - mark, step + 1 - marked, sinks)
             mark, marked = now, step + 1
 
 
@@ -953,37 +923,41 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         sys.stderr = open(os.devnull, "w")  # every process finds the same mistakes: one line per node is enough
     cfg, given = read_flags(argv)
-    meta, train_shards, val_shards, config = open_data(cfg, given)
-    schedule = Schedule.of(cfg)
+    meta, schedule = load_meta(cfg.data), Schedule.of(cfg)
+    config, weights = initial_model(cfg, given, meta)
+    train_shards, val_shards = open_data(cfg, meta, config)
     world = join_world(cfg)
     check_ids(cfg, (train_shards, val_shards), meta["vocab_size"], world)
     sys.stderr = stderr
 
-    path, checkpoint = world.chief_does(find_checkpoint, cfg) or (None, None)
-    shared = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")} if checkpoint else None
-    path, shared = world.share((path, shared))
-    if cfg.dtype == "auto":
-        cfg.dtype = shared["config"]["train"]["dtype"] if shared else world.share(faster_dtype(world.device))
-    peak = measure_peak(world.device, torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
-    peak = float(world.sum(torch.tensor(peak)))
+    tensors = {}
+    path, saved = world.chief_does(find_checkpoint, cfg, tensors) or (None, None)
+    if cfg.dtype == "auto" and saved:
+        cfg.dtype = saved["config"]["train"]["dtype"]
+    peaks = {k: measure_peak(world.device, v) for k, v in DTYPES.items() if cfg.dtype in (k, "auto")}
+    cfg.dtype = world.chief_does(lambda: max(peaks, key=peaks.get))
+    peak = float(world.sum(torch.tensor(peaks[cfg.dtype])))
 
     torch.manual_seed(cfg.seed)
-    model = MoR(config).to(world.device)
-    model.checkpoint_recursions = cfg.checkpoint_recursions
-    wrapped = parallelise(model, cfg, world)
-    blocks = Blocks(train_shards, config.block_size, cfg.seed)
-    bad = torch.zeros(2 + len(TERMS), device=world.device)
-    run = Run(cfg, config, world, meta, blocks, schedule, model, wrapped, make_optimizer(model, cfg), bad)
-    world.say(f"{model_name(run)} on {world.size} x {world.device.type}, {cfg.dtype}, peak {peak / 1e12:.2f} TFLOP/s")
-    if shared:
-        continue_from(run, path, checkpoint, shared)
-        del checkpoint
+    model = MoR(config)
+    if weights:
+        model.load_state_dict(weights)
+    model.to(world.device).checkpoint_recursions = cfg.checkpoint_recursions
+    wrapped, optimizer = parallelise(model, cfg, world), make_optimizer(model, cfg)
+    blocks, bad = Blocks(train_shards, config.block_size, cfg.seed), torch.zeros(2 + len(TERMS), device=world.device)
+    run = Run(cfg, config, world, meta, blocks, schedule, model, wrapped, optimizer, peak, bad)
+    where = f"{world.size} x {world.device.type}, {cfg.dtype}, peak {peak / 1e12:.2f} TFLOP/s"
+    world.say(f"{describe_model(run)} on {where}")
+    if saved:
+        resume(run, path, saved, tensors)
+    del weights, tensors
     world.chief_does(start_run_directory, run)
-    sinks = world.chief_does(open_sinks, cfg) or []
+    sinks = open_sinks(cfg) if world.chief else []
     stop = StopRequest()
-    warm_up(run)
-    rows = validation_rows(val_shards, config.block_size, cfg.eval_tokens)
-    metrics = train(run, rows, peak, sinks, stop)
+    if cfg.compile:
+        warm_up(run)
+    rows = val_shards.blocks(config.block_size, cfg.eval_tokens)
+    metrics = train(run, rows, sinks, stop)
     for _, close in sinks:
         close()
     if metrics and world.chief:

@@ -15,15 +15,17 @@ from model import MoR, MoRConfig
 ABOUT = {"commit", "machine", "torch", "device", "dtype", "threads", "command", "load"}
 
 
-def run(*argv: str) -> tuple[dict, str]:
-    """The last line, parsed, and all of the output of `bench.py ARGV` in this process's environment."""
-    out = subprocess.run([sys.executable, str(ROOT / "bench.py"), *argv], capture_output=True, text=True, check=True)
-    return json.loads(out.stdout.splitlines()[-1]), out.stdout
+def run(capsys, *argv: str) -> tuple[dict, str]:
+    """The last line, parsed, and all of the output of `bench.py ARGV`."""
+    bench.main(list(argv))
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
 
 
 def check_schema(result: dict, command: str) -> None:
     assert result["bench"] == command and set(result["about"]) == ABOUT
-    assert result["about"]["torch"] == torch.__version__ and result["about"]["command"].startswith("python bench.py")
+    assert result["about"]["torch"] == torch.__version__
+    assert result["about"]["command"].startswith(f"python bench.py {command}")
     assert isinstance(result["warnings"], list) and result["rows"]
 
 
@@ -32,8 +34,10 @@ def check_schema(result: dict, command: str) -> None:
 
 @pytest.fixture(scope="module")
 def cost_360M() -> dict:
-    out = run("cost", "360M", "--devices", "4", "--batch", "2")[0]
-    return out | {"by": {row["variant"]: row for row in out["rows"]}}
+    argv = [sys.executable, str(ROOT / "bench.py"), "cost", "360M", "--devices", "4", "--batch", "2"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result | {"by": {row["variant"]: row for row in result["rows"]}}
 
 
 def test_cost_counts_by_hand(cost_360M):
@@ -78,12 +82,12 @@ def test_plan_by_hand(cost_360M):
 # ---- what is measured
 
 
-def test_quick_train(tmp_path):
+def test_quick_train(tmp_path, capsys):
     file = tmp_path / "train.json"
-    result, text = run("train", "--quick", "--json", str(file))
+    result, text = run(capsys, "train", "--quick", "--json", str(file))
     check_schema(result, "train")
     assert json.loads(file.read_text()) == result
-    assert [row["name"] for row in result["rows"]] == ["vanilla", "expert-3"] and "by FLOPs" in text
+    assert [row["name"] for row in result["rows"]] == ["vanilla", "expert-2"] and "by FLOPs" in text
     for row in result["rows"]:
         assert (row["graphs"], row["breaks"]) == (1, 0) and row["warmup"] > row["step"] > 0
         assert row["forward"] + row["backward"] + row["optimizer"] == pytest.approx(row["step"], rel=0.5)
@@ -91,24 +95,56 @@ def test_quick_train(tmp_path):
     assert result["recompiles"] == 0 and result["rows"][0]["ratio"] == 1
 
 
-def test_quick_decode(tmp_path):
+def test_quick_decode(capsys):
     pytest.importorskip("transformers")
-    result, _ = run("decode", "--quick", "--no-compile")
+    result, _ = run(capsys, "decode", "--quick", "--no-compile")
     check_schema(result, "decode")
     rows = {row["name"]: row for row in result["rows"]}
-    assert set(rows) == {"vanilla", "expert-3", "vanilla, uncached", "transformers"}
-    assert rows["vanilla"]["kv_bytes"] == 2 * 2 * 20 * 5 * 32 * 2  # K and V, rows, tokens, layers, width, bf16
-    assert rows["vanilla"]["depth"] == 1 and 1 <= rows["expert-3"]["depth"] <= 3
-    result, _ = run("decode", "--quick", "--no-compile", "--dtype", "fp32")
+    assert set(rows) == {"vanilla", "expert-2", "vanilla, uncached", "transformers"}
+    assert rows["vanilla"]["kv_bytes"] == 2 * 2 * 20 * 4 * 32 * 2  # K and V, rows, tokens, layers, width, bf16
+    assert rows["vanilla"]["depth"] == 1 and 1 <= rows["expert-2"]["depth"] <= 2
+    result, _ = run(capsys, "decode", "--quick", "--no-compile", "--dtype", "fp32")
     rows = {row["name"]: row for row in result["rows"]}
     assert rows["transformers"]["same_tokens"] == rows["vanilla, uncached"]["same_tokens"] == 1
+    exits = ("decode", "expert-2", "--quick", "--no-compile", "--dtype", "fp32", "--exits", "--no-llama")
+    rows = {row["name"]: row for row in run(capsys, *exits, "--no-uncached")[0]["rows"]}
+    assert set(rows) == {"expert-2, early exit", "expert-2, one graph"}
+    assert all(row["same_tokens"] == 1 for row in rows.values())
 
 
-def test_quick_cost_and_plot(tmp_path):
+def test_quick_serve(tmp_path, capsys):
+    files = [str(tmp_path / f"{name}.json") for name in ("serve", "widths")]
+    result, text = run(capsys, "serve", "--quick", "--no-compile", "--json", files[0])
+    check_schema(result, "serve")
+    assert result["routing"] == "balanced" and "balanced routing" in text
+    vanilla, routed, equal = result["rows"]
+    assert [r["name"] for r in result["rows"]] == ["vanilla", "expert-2", "expert-2, equal memory"]
+    assert (vanilla["slots"], routed["slots"], routed["width"], routed["turn_width"]) == (4, 7, 4, 4)
+    per_row = 2 * 24 * 32 * 2  # K and V, tokens, width, bf16: times the layers that keep them
+    assert vanilla["kv_bytes"] == 4 * 4 * per_row and routed["kv_bytes"] == 7 * 3.5 * per_row
+    assert equal["slots"] == equal["width"] + equal["turn_width"] - 1 == 4 and equal["kv_bytes"] <= vanilla["kv_bytes"]
+    for row in result["rows"]:
+        assert row["turn_use"] > 0.9 and row.get("block_use", 1) > 0.9 and 0 <= row["host"] < 0.5
+        assert row["tokens_per_second"] == statistics.median(row["speeds"]) and not row["dry"]
+        assert row["of_bound"] == pytest.approx(row["ratio"] / row["bound"])
+    assert vanilla["ratio"] == vanilla["bound"] == vanilla["bound_bytes"] == 1 and 1.2 < routed["depth"] < 1.8
+    weights, attention, head = 2 * (3 * 64 * 64 + 3 * 64 * 128), 2 * 16 * 64, 2 * 64 * 256  # FLOPs per layer and token
+    f, layer = routed["fractions"][1], weights + attention
+    assert vanilla["flops"] == 4 * layer + head
+    assert routed["flops"] == pytest.approx(3 * layer + f * (weights + f * attention) + head)
+    assert routed["bound"] == vanilla["flops"] / routed["flops"]
+    flags = ("--no-compile", "--no-equal-memory", "--widths", "2", "3", "--json", files[1])
+    sweep = run(capsys, "serve", "--quick", *flags)[0]["rows"]
+    assert [(r["at"], r["name"]) for r in sweep] == [(w, v) for w in (2, 3) for v in ("vanilla", "expert-2")]
+    bench.main(["plot", *files, "-o", str(tmp_path / "out.png")])
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_cost_and_plot(tmp_path, capsys):
     files = [str(tmp_path / f"{name}.json") for name in ("cost", "capacity")]
-    assert run("cost", "--quick", "--json", files[0])[0]["rows"][0]["preset"] == "nano"
+    assert run(capsys, "cost", "--quick", "--json", files[0])[0]["rows"][0]["preset"] == "nano"
     sweep = ("train", "--quick", "--sweep", "capacity", "--compile", "none", "--fresh", "--profile", "--json", files[1])
-    half = run(*sweep)[0]["rows"][1]
+    half = run(capsys, *sweep)[0]["rows"][1]
     assert half["name"] == "capacity 0.5" and 0.2 < half["by_flops"] < 0.8
     assert half["peak_bytes"] > 12 * half["params"] and half["warm_start"] is not None
     assert half["profile"]["matmul"] > 0 and half["profile"]["attention backward"] > 0
@@ -143,9 +179,8 @@ def test_interleave_summaries_and_warnings():
 
 
 def test_depth_grows_as_the_papers():
-    layers = {
-        v: bench.make_config(v, "135M", 512, n_layer=11).n_layer for v in ("vanilla", "expert-2", "token-3", "share-4")
-    }
+    variants = ("vanilla", "expert-2", "token-3", "share-4")
+    layers = {v: bench.make_config(v, "135M", 512, n_layer=11).n_layer for v in variants}
     assert layers == {"vanilla": 11, "expert-2": 12, "token-3": 11, "share-4": 14}
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
-from test_train import flags, losses, write_data
+from test_train import losses, uptrain, write_data, write_llama
 
 import train
 
@@ -50,56 +50,87 @@ def close(a, b, tolerance=1e-4):
         assert one["agreement"] == pytest.approx(two["agreement"], abs=5e-3)
 
 
-def config_of(steps):
-    return ["--steps", steps, "--eval-every", 3, "--eval-tokens", 368, "--batch-tokens", 128, "--micro-batch", 1]
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
-def alone(data, tmp_path_factory):
+def flags(data, llama):
+    """The command line of all runs here: uptraining, as that is the most that processes must agree on."""
+
+    def make(out, *more, steps=STEPS, compile=False):
+        model = ["--n-recursion", 3, "--router", "expert"]
+        evaluation = ["--eval-every", 3, "--eval-tokens", 368]
+        batch = ["--steps", steps, "--batch-tokens", 128, "--micro-batch", 1]
+        args = uptrain(data, out, llama, *model, *evaluation, *batch, *more)
+        return [a for a in args if not (compile and a == "--no-compile")]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def alone(flags, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    train.main([str(a) for a in flags(data, out, *config_of(STEPS))])
+    train.main(flags(out))
     return out
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_are_one(data, tmp_path, alone, parallel):
+def test_two_processes_are_one(flags, tmp_path, alone, parallel):
     """Losses, evaluations (23 blocks: not a multiple of 2) and metrics; then the checkpoint of half of it, continued by
     one process, and by the other kind of parallelism."""
-    args = [*flags(data, tmp_path, *config_of(STEPS)), "--parallel", parallel, "--keep", 9]
-    done = run(2, args)
+    done = run(2, flags(tmp_path, "--parallel", parallel, "--keep", 9))
     assert done.returncode == 0, done.stderr
     close(tmp_path, alone)
     assert done.stdout.count(f"/{STEPS}  loss") == STEPS  # one log, not two
-    half = tmp_path / "ckpt_000003.pt"
-    single = flags(data, tmp_path / "single", *config_of(STEPS), "--resume", half)
-    train.main([str(a) for a in single])
+    half = ("--resume", tmp_path / "ckpt_000003.pt")
+    train.main(flags(tmp_path / "single", *half))
     assert losses(tmp_path / "single") == pytest.approx({s: v for s, v in losses(alone).items() if s > 3}, abs=1e-4)
     other = "ddp" if parallel == "fsdp" else "fsdp"
-    args = flags(data, tmp_path / "other", *config_of(STEPS), "--resume", half, "--parallel", other)
-    assert run(2, args).returncode == 0
+    done = run(2, flags(tmp_path / "other", *half, "--parallel", other))
+    assert done.returncode == 0, done.stderr
     close(tmp_path / "other", tmp_path / "single")
 
 
-def test_mistakes_end_every_process(data, tmp_path):
+def test_restarts_do_not_meet_the_dead(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        store = train.meeting_place()
+        assert not store.check(["address"])
+        store.set("address", attempt)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        train.meeting_place()
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert train.meeting_place() is None
+
+
+def test_mistakes_end_every_process(flags, tmp_path):
     """One line of ours and no hang, before and after the processes have met."""
-    cases = {
-        "--steps 0 must be at least 1": ["--steps", 0],
-        "cannot share": ["--batch-tokens", 48],
-        "ids beyond the vocabulary": ["--data", write_data(tmp_path / "ids", vocab_size=39)],
-        "every checkpoint in": ["--out", tmp_path / "damaged"],
-    }
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "ckpt_000001.pt").write_bytes(b"no")
-    for message, more in cases.items():
-        done = run(2, [*flags(data, tmp_path / "run"), *more], timeout=120)
+    small = write_llama(tmp_path / "small", vocab_size=30)
+    cases = {
+        "a vocabulary of 30 is below": flags(tmp_path / "run", "--init-from", small),
+        "every checkpoint in": flags(tmp_path / "damaged"),
+    }
+    for message, args in cases.items():
+        done = run(2, args, timeout=120)
         ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode != 0 and len(ours) == 1 and message in ours[0], done.stderr
         assert "exitcode  : 2" in done.stderr and "line " not in done.stderr.split("error: ")[0]
 
 
-def finish(data, out, steps, delay, rng, restarts=9):
-    """Runs under torchrun with restarts; after `delay` seconds kill -9s one worker, or the whole job."""
-    args = [*flags(data, out, *config_of(steps)), "--save-every", 1]
+def finish(args, out, delay, rng, restarts=1):
+    """Runs under torchrun with one restart; after `delay` seconds kill -9s one worker, or the whole job."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     argv = torchrun(2, args, restarts)
     job = subprocess.Popen(
@@ -121,37 +152,36 @@ def finish(data, out, steps, delay, rng, restarts=9):
     return job.returncode, output
 
 
-def kill_trials(data, tmp_path, alone, trials, seed):
+def kill_trials(flags, tmp_path, alone, trials, seed):
     rng = np.random.default_rng(seed)
     for trial in range(trials):
         out = tmp_path / str(trial)
-        code, output = finish(data, out, STEPS, float(rng.uniform(0, 0.4)), rng)
+        args = flags(out, "--save-every", 1)
+        code, output = finish(args, out, float(rng.uniform(0, 0.4)), rng)
         for path in out.glob("ckpt_*.pt"):
             train.read_checkpoint(path)
         if code != 0:  # the whole job was killed
-            code, output = finish(data, out, STEPS, None, rng)
+            code, output = finish(args, out, None, rng)
         assert code == 0, output
         close(out, alone)
 
 
-def test_killed_worker_or_job_continues(data, tmp_path, alone):
-    kill_trials(data, tmp_path, alone, 1, seed=0)
+def test_killed_worker_or_job_continues(flags, tmp_path, alone):
+    kill_trials(flags, tmp_path, alone, 1, seed=0)
 
 
 @pytest.mark.soak
-def test_twenty_killed_jobs(data, tmp_path, alone):
-    kill_trials(data, tmp_path, alone, 20, seed=None)
+def test_twenty_killed_jobs(flags, tmp_path, alone):
+    kill_trials(flags, tmp_path, alone, 20, seed=None)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_1_2_4_processes_compiled(data, tmp_path, parallel):
+def test_1_2_4_processes_compiled(flags, tmp_path, parallel):
     """30 steps. Compiled, so a recompile after the first step would raise."""
-    args = [a for a in flags(data, "OUT", *config_of(30)) if a != "--no-compile"]
     for processes in (1, 2, 4):
-        out = tmp_path / str(processes)
-        more = ["--out", out, "--parallel", parallel if processes > 1 else "ddp"]
-        done = run(processes, [*args, *more], timeout=1500)
+        more = ["--parallel", parallel if processes > 1 else "ddp"]
+        done = run(processes, flags(tmp_path / str(processes), *more, steps=30, compile=True), timeout=1500)
         assert done.returncode == 0, done.stderr
     for processes in (2, 4):
         close(tmp_path / str(processes), tmp_path / "1")

@@ -53,6 +53,7 @@ def test_every_request_equals_decoding_it_alone(name, slack):
         tokens, overflow = alone(model, request.prompt, request.max_new_tokens, slack)
         assert request.status == "done" and request.tokens == tokens
         assert len(request.depth) == len(request.prompt) + len(tokens) - 1
+        assert request.overflow == overflow
         overflowed += overflow
     assert (overflowed > 0) == (slack < 1 and model.config.kv == "recursion") or name not in ("vanilla", "recursive")
     assert sorted(engine.free) == list(range(7)) and not engine.inside and not engine.leaving
@@ -60,7 +61,7 @@ def test_every_request_equals_decoding_it_alone(name, slack):
 
 def test_compiled_stages_serve_the_same_tokens_without_recompiling(compiler):
     model = make_model(tiny(n_layer=3, n_recursion=3, router="expert", sharing="cycle"), seed=1).eval()
-    engine = Engine(model, slots=5, width=3, max_len=MAX_LEN, turn_width=2)
+    engine = Engine(model, slots=5, width=3, max_len=MAX_LEN, turn_width=2, freeze=True)
     eager = Engine(model, slots=5, width=3, max_len=MAX_LEN, turn_width=2, compile=False)
     ours, theirs = (some_requests(model, e, 8, seed=3, lengths=(1, 5)) for e in (engine, eager))
     engine.run()
@@ -81,10 +82,11 @@ def test_rows_at_different_depths_share_a_batch_and_no_request_starves():
     for request in requests:
         request.on_token = lambda r, token: done.append(id(r)) if len(r.tokens) == r.max_new_tokens else None
     engine.run()
-    mixed = [h for h in engine.history if h[1] == "block" and sum(n > 0 for n in h[3]) > 1]
-    assert mixed
-    busy = [h for h in engine.history[: len(engine.history) // 2] if h[1] == "block"]
-    assert sum(h[2] for h in busy) / len(busy) > 0.9 * engine.width  # full while requests wait
+    assert any(sum(n > 0 for n in run.recursions) > 1 for run in engine.history if run.stage == "block")
+    busy = list(engine.history)[: len(engine.history) // 2]
+    for stage, width in (("block", engine.width), ("turn", engine.turn_width)):
+        rows = [run.rows for run in busy if run.stage == stage]
+        assert sum(rows) / len(rows) > 0.9 * width  # full while requests wait
     # first come, first served: nobody finishes later than all requests that came two full houses after it
     order = [done.index(id(r)) for r in requests]
     assert all(order[i] < max(order[i + 14 :]) for i in range(len(order) - 14))
@@ -115,7 +117,8 @@ def test_bad_requests_fail_alone():
         "max_new_tokens": ([1], 0, {}),
         "never fit": ([1] * 30, 20, {}),
         "temperature": ([1], 5, dict(temperature=-1.0)),
-        "top_k": ([1], 5, dict(top_p=0.0)),
+        "top_p": ([1], 5, dict(top_p=0.0)),
+        "top_k": ([1], 5, dict(top_k=0)),
     }
     for word, (prompt, n, sampling) in cases.items():
         request = engine.submit(prompt, n, **sampling)

@@ -303,6 +303,69 @@ def test_trained_tokenizer_is_the_same_in_tiktoken(corpus, capsys):
     assert "note: the corpus has no more pairs to merge" not in capsys.readouterr().out
 
 
+SPECIAL = ["<|endoftext|>", "<|im_start|>"]
+LLAMA3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def hugging_face(directory: str, kind: str, whole: bool = True):
+    """A byte-level BPE as transformers save it: GPT-2's, SmolLM's (digits alone, special tokens first), Llama 3's."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama3")]
+    if kind == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True), *steps]
+    if kind == "llama3":
+        steps = [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), *steps]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    first, alphabet = SPECIAL if kind == "smollm" else [], pre_tokenizers.ByteLevel.alphabet() if whole else []
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=first, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([make_text(i) + "1234567890 x'll\n" for i in range(40)], trainer)
+    bpe.add_special_tokens(SPECIAL)
+    Path(directory).mkdir()
+    bpe.save(f"{directory}/tokenizer.json")
+    return bpe
+
+
+@pytest.mark.parametrize("kind, whole", [("gpt2", True), ("smollm", True), ("smollm", False), ("llama3", True)])
+def test_tokenizer_of_a_hugging_face_directory(corpus, kind, whole):
+    bpe = hugging_face("hf", kind, whole)
+    meta = run("corpus.jsonl", "--out", "d", "--tokenizer", "hf", "--val-fraction", "0.3")
+    assert meta["tokenizer"] == "hf.tiktoken" and meta["eot"] == bpe.token_to_id(EOT)
+    assert meta["vocab_size"] == bpe.get_vocab_size() and (kind != "smollm" or meta["eot"] == 0)
+    assert sorted(documents("d", "train") + documents("d", "val")) == sorted(make_text(i) for i in range(40))
+    rng, encoding = np.random.default_rng(0), load_tokenizer("d")
+    letters = list("the 's12½ \n\té\x07京🙂(.")  # without whole=True it cannot spell all, and leaves them out
+    for text in ["".join(rng.choice(letters, 30)) for _ in range(500)]:
+        assert encoding.encode_ordinary(text) == bpe.encode(text).ids
+    # into a directory for transformers and back
+    Path("e").mkdir()
+    prepare.save_tokenizer(encoding, Path("e"))
+    assert prepare.same_tokenizer(load_tokenizer("e"), encoding) and load_tokenizer("e").eot_token == meta["eot"]
+    prepare.check_tokenizer("hf", encoding)
+
+
+def test_tokenizers_that_tiktoken_cannot_express(corpus, capsys):
+    hugging_face("hf", "gpt2")
+    good = json.loads(Path("hf/tokenizer.json").read_text())
+    model, added = good["model"], good["added_tokens"]
+    swapped = model["merges"][1::-1] + model["merges"][2:]
+    for change, message in [
+        (dict(normalizer=dict(type="NFC")), "nothing like its normalizer"),
+        (dict(pre_tokenizer=dict(type="Metaspace")), "nothing like its pre_tokenizer (Metaspace)"),
+        (dict(pre_tokenizer=None), "not a byte-level BPE"),
+        (dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)), "add_prefix_space"),
+        (dict(model=dict(type="Unigram", vocab=[["a", 1.0]])), "not a byte-level BPE"),
+        (dict(model=model | dict(merges=swapped)), "merges in another order than ids"),
+        (dict(model=model | dict(merges=model["merges"][:-9])), "tiktoken gives other ids for"),
+        (dict(added_tokens=added[1:]), "has no <|endoftext|>"),
+    ]:
+        Path("hf/tokenizer.json").write_text(json.dumps(good | change))
+        assert message in error(capsys, "corpus.jsonl", "--out", "d", "--tokenizer", "hf")
+    Path("hf/tokenizer.json").write_text("{")
+    assert "not a byte-level BPE" in error(capsys, "corpus.jsonl", "--out", "d", "--tokenizer", "hf")
+
+
 def test_named_tokenizers_offline(corpus, monkeypatch, capsys):
     """gpt2 comes from TIKTOKEN_CACHE_DIR, or the error says how to get it, at once."""
     import requests
