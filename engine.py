@@ -64,7 +64,7 @@ class Graphs(dict[tuple, Callable]):
 
 def only_arguments(guards: list) -> list[bool]:
     """What may change between calls is the arguments: looking at each weight and each field of the model as well would
-    take a twentieth of a stage's time."""
+    take a twentieth of a stage's time. So a model must not change while it has graphs."""
     return [re.fullmatch(r"L\['\w+'\]", guard.name) is not None for guard in guards]
 
 

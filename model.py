@@ -308,30 +308,31 @@ def ungrouped(x: Tensor, B: int, T: int) -> Tensor:
     return x.view(B, BG // B, rows // T, T, E).permute(0, 3, 1, 2, 4).reshape(B, T, -1, E).contiguous()
 
 
-def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, rows: int = 64) -> Iterator[tuple[slice, int, Tensor]]:
-    """Attention weights, a block of queries at a time with the keys that they may see: q [B, K, H, E], k [B, S, G, E]
-    -> (slice of queries, number of keys, weights [B*G, H/G * rows, keys])."""
-    (B, K, H, E), (S, G) = q.shape, k.shape[1:3]
-    keys_first = grouped(k, G).mT
+def weight_blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """Attention weights, `rows` queries at a time with the keys that they may see: q [B, K, H, E] scaled,
+    k [B*G, S, E] -> (which queries, number of keys, these queries [B*G, H/G * rows, E], weights [..., keys])."""
+    (B, K, _, _), (BG, S, _), rows = q.shape, k.shape, 64
     for start in range(0, K, rows):
         at = slice(start, min(start + rows, K))
         n, keys = at.stop - start, S - K + at.stop
-        score = torch.bmm(grouped(q[:, at] * E**-0.5, G), keys_first[..., :keys])
-        view = score.view(B, G, H // G, n, keys)
+        queries = grouped(q[:, at], BG // B)
+        score = torch.bmm(queries, k[:, :keys].mT)
+        by_head = score.view(B, BG // B, -1, n, keys)
         # not -inf: a surplus slot may see nothing, and 0 * nan is not 0
         if mask is None:
-            above = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-            view[..., start:].masked_fill_(above, torch.finfo(q.dtype).min)
+            later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+            by_head[..., start:].masked_fill_(later, torch.finfo(q.dtype).min)
         else:
-            view.masked_fill_(~mask[:, :, None, at, :keys], torch.finfo(q.dtype).min)
-        yield at, keys, score.softmax(-1)
+            by_head.masked_fill_(~mask[:, :, None, at, :keys], torch.finfo(q.dtype).min)
+        yield at, keys, queries, score.softmax(-1)
 
 
 @torch.library.custom_op("nanomor::attend_on_cpu", mutates_args=())
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    out, values = torch.empty_like(q), grouped(v, v.size(2))
-    for at, keys, weight in probabilities(q, k, mask):
-        out[:, at] = ungrouped(torch.bmm(weight, values[:, :keys]), q.size(0), at.stop - at.start)
+    (B, _, _, E), G, out = q.shape, k.size(2), torch.empty_like(q)
+    k, v = grouped(k, G), grouped(v, G)
+    for at, keys, _, weight in weight_blocks(q * E**-0.5, k, mask):
+        out[:, at] = ungrouped(torch.bmm(weight, v[:, :keys]), B, at.stop - at.start)
     return out
 
 
@@ -340,15 +341,16 @@ def attend_on_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weights are computed again: keeping them would take K * S / 2 numbers a head and layer."""
-    (B, S, G, E), exact = k.shape, torch.promote_types(k.dtype, torch.float32)
-    dq, k_, v_ = torch.empty_like(q), grouped(k, G), grouped(v, G)
-    dk, dv = (torch.zeros(B * G, S, E, dtype=exact, device=k.device) for _ in range(2))
-    for at, keys, weight in probabilities(q, k, mask):
-        q_, grad_ = grouped(q[:, at] * E**-0.5, G), grouped(grad[:, at], G)
-        dv[:, :keys] += torch.bmm(weight.mT, grad_)
-        dscore = torch._softmax_backward_data(torch.bmm(grad_, v_[:, :keys].mT), weight, -1, q.dtype)
-        dk[:, :keys] += torch.bmm(dscore.mT, q_)
-        dq[:, at] = ungrouped(torch.bmm(dscore, k_[:, :keys]) * E**-0.5, B, at.stop - at.start)
+    (B, S, G, E), dq = k.shape, torch.empty_like(q)
+    k, v = grouped(k, G), grouped(v, G)
+    exact = torch.promote_types(k.dtype, torch.float32)  # what sums over blocks
+    dk, dv = (torch.zeros(k.shape, dtype=exact, device=k.device) for _ in range(2))
+    for at, keys, queries, weight in weight_blocks(q * E**-0.5, k, mask):
+        dout = grouped(grad[:, at], G)
+        dv[:, :keys] += torch.bmm(weight.mT, dout)
+        dscore = torch._softmax_backward_data(torch.bmm(dout, v[:, :keys].mT), weight, -1, q.dtype)
+        dk[:, :keys] += torch.bmm(dscore.mT, queries)
+        dq[:, at] = ungrouped(torch.bmm(dscore, k[:, :keys]) * E**-0.5, B, at.stop - at.start)
     return dq, ungrouped(dk, B, S).to(k.dtype), ungrouped(dv, B, S).to(v.dtype)
 
 

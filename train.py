@@ -54,6 +54,7 @@ from torch.distributed.checkpoint import state_dict as gathered
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from bench import DTYPES, matmul_peak
 from eval import Measured, fractions, measure, rounded, router_metrics
 from model import CHOICES as MODEL_CHOICES
 from model import PRESETS, MoR, MoRConfig
@@ -62,7 +63,6 @@ from sample import DAMAGE, load_run, read_checkpoint
 
 MODEL_DEFAULTS = dict(router="expert", n_recursion=3)  # what "a MoR" means when no flag says otherwise
 TERMS = ("lm", "aux", "balance", "z")  # of Output.losses
-DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 CHOICES = {
     "preset": tuple(PRESETS),
     "init": ("stepwise", "average", "lower", "upper", "reference"),
@@ -243,18 +243,6 @@ def meeting_place() -> dist.Store | None:
         return None
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
     return dist.PrefixStore(env["TORCHELASTIC_RESTART_COUNT"], store)
-
-
-def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
-    """FLOP/s of a large square matrix product on this device, the best of many: what "percent of peak" refers to."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    best, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end or best == math.inf:
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -934,7 +922,7 @@ def main(argv: list[str] | None = None) -> None:
     path, saved = world.chief_does(find_checkpoint, cfg, tensors) or (None, None)
     if cfg.dtype == "auto" and saved:
         cfg.dtype = saved["config"]["train"]["dtype"]
-    peaks = {k: measure_peak(world.device, v) for k, v in DTYPES.items() if cfg.dtype in (k, "auto")}
+    peaks = {k: matmul_peak(world.device, v) for k, v in DTYPES.items() if cfg.dtype in (k, "auto")}
     cfg.dtype = world.chief_does(lambda: max(peaks, key=peaks.get))
     peak = float(world.sum(torch.tensor(peaks[cfg.dtype])))
 

@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 def quick(monkeypatch):
     """Without the picture and the measurement of the machine; train.main() takes over the signals: give them back."""
     monkeypatch.setattr(train, "plot", lambda *args: None)
-    monkeypatch.setattr(train, "measure_peak", lambda *args: 1e11)
+    monkeypatch.setattr(train, "matmul_peak", lambda *args: 1e11)
     before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
     yield
     for number, handler in before:
