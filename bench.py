@@ -8,7 +8,7 @@ What a Mixture-of-Recursions costs and how fast it is, beside its baselines, mea
     python bench.py train vanilla expert-3 --profile  # where the step goes
     python bench.py train --sweep capacity --seq 1024 --batch 4   # does time follow FLOPs? also --sweep T, --sweep N
     python bench.py decode --batch 1 8                # cached decoding, against transformers' Llama where installed
-    python bench.py decode expert-3 --batch 1 2 4 8 --exits --no-llama --no-uncached   # when does early exit pay?
+    python bench.py decode expert-3 --ablate --no-llama --no-uncached   # what fused attention, packing, exits are worth
     python bench.py serve                             # continuous depth-wise batching against vanilla's, untrained
     python bench.py serve --run out/NAME              # the same by what a checkpoint's routers decide
     python bench.py serve vanilla expert-3 --widths 8 16 32 64 --no-equal-memory       # tokens/s against width
@@ -41,11 +41,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import model as model_file
 from engine import Engine, Graphs
 from model import PRESETS, Layer, MoR, MoRConfig, Pass
 from prepare import Parser, fail
@@ -215,6 +218,7 @@ def first_step(config: MoRConfig, B: int, T: int, args: Namespace) -> dict[str, 
     device = torch.device(args.device)
     model = MoR(config).to(device).train()
     compile_model(model, args.compile)
+    model.checkpoint_recursions = args.checkpoint_recursions
     stages = training_step(model, B, T, DTYPES[args.dtype])
     first, second = (sum(stopwatch(stages, device)) for _ in range(2))
     kept = 3 * sum(p.nbytes for p in model.parameters())  # weights and two AdamW moments
@@ -390,6 +394,7 @@ def train(args: Namespace) -> dict[str, Any]:
     for name, (config, B, T) in cases.items():
         model = MoR(config).to(device).train()
         compile_model(model, args.compile)
+        model.checkpoint_recursions = args.checkpoint_recursions
         steps[name] = training_step(model, B, T, dtype)
         counters.clear()
         warmup = warm_up(name, steps[name], device)
@@ -509,18 +514,25 @@ def balance(model: MoR) -> MoR:
     return model
 
 
+def attend_cache_by_sdpa(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """model.attend_cache as torch's own attention does it."""
+    mask = torch.arange(k.size(1), device=q.device) < length[:, None]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None, None], enable_gqa=True).transpose(1, 2)
+
+
 def decode_ours(
-    model: MoR, prompts: list[list[int]], args: Namespace, early_exit: bool | None = None
+    model: MoR, prompts: list[list[int]], args: Namespace, attend: Callable = model_file.attend_cache, **options
 ) -> Callable[[], dict]:
     """sample.generate, with cache and graphs kept between calls."""
     P = len(prompts[0])
-    options = dict(compile=args.compile, freeze=args.freeze, early_exit=early_exit)
-    decoder = Decoder(model, len(prompts), P + args.new, **options)
+    decoder = Decoder(model, len(prompts), P + args.new, **dict(compile=args.compile, freeze=args.freeze) | options)
 
     def case():
-        start = time.perf_counter()
-        out = generate(model, prompts, args.new, decoder=decoder)
-        seconds = time.perf_counter() - start
+        with patch.object(model_file, "attend_cache", attend):  # for when it compiles
+            start = time.perf_counter()
+            out = generate(model, prompts, args.new, decoder=decoder)
+            seconds = time.perf_counter() - start
         depth = statistics.mean(d for row in out.depth for d in row[P:])
         # as many steps as tokens: the last one only tells the depth of the last token
         return dict(seconds=seconds, prefill=out.prefill_seconds, step=out.seconds / args.new, depth=depth,
@@ -606,11 +618,12 @@ def decode(args: Namespace) -> dict[str, Any]:
     for B in args.batch:
         prompts = torch.randint(vanilla.vocab_size, (B, args.prompt)).tolist()
         cases = {name: decode_ours(model, prompts, args) for name, model in models.items()}
-        for name, model in models.items() if args.exits else []:
-            if model.config.router != "none":
-                del cases[name]
-                for how, early in (("early exit", True), ("one graph", False)):
-                    cases[f"{name}, {how}"] = decode_ours(model, prompts, args, early)
+        if args.ablate:
+            without = {"SDPA": dict(attend=attend_cache_by_sdpa), "not packed": dict(freeze=False)}
+            if configs[first].router != "none":
+                without |= {"early exit": dict(early_exit=True), "one graph": dict(early_exit=False)}
+            for what, options in without.items():
+                cases[f"{first}, {what}"] = decode_ours(models[first], prompts, args, **options)
         if args.uncached:
             cases[f"{first}, uncached"] = decode_uncached(models[first], prompts, args)
         if theirs is not None:
@@ -944,6 +957,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--compile", choices=["whole", "layer", "none"], default="whole", help="what is one graph")
     sub.add_argument("--sweep", choices=["capacity", "T", "N"], help="scaling instead of variants")
     sub.add_argument("--fresh", action="store_true", help="also compile time and peak memory, in fresh processes")
+    sub.add_argument("--checkpoint-recursions", action="store_true", help="recompute recursions in the backward pass")
     sub.add_argument("--profile", action="store_true", help="also one step by kind of kernel")
 
     sub = commands.add_parser("decode", parents=[common, model], help="prefill and cached decoding")
@@ -954,7 +968,7 @@ def main(argv: list[str] | None = None) -> None:
                     llama="compare with transformers", uncached="also a full forward per token")  # fmt: skip
     for name, meaning in switches.items():
         sub.add_argument(f"--{name}", action=BooleanOptionalAction, default=True, help=f"{meaning} (default: yes)")
-    sub.add_argument("--exits", action="store_true", help="routed variants with early exit, and in one graph")
+    sub.add_argument("--ablate", action="store_true", help="also the first without what makes it fast, piece by piece")
 
     sub = commands.add_parser("serve", parents=[common, model], help="the engine under load, against vanilla's")
     sub.add_argument("--run", metavar="RUN", help="serve a checkpoint of train.py, and a vanilla model of its size")

@@ -225,18 +225,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
 
 
-def rope_table(position: Tensor, config: MoRConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [..., T, 1, E/2], of integer positions [..., T]. Computed where they are used: no table to
-    keep, to cast by accident or to outgrow, and a compacted token brings its original position."""
+def rope_table(config: MoRConfig, device: torch.device | None = None) -> Tensor:
+    """Cosines and sines, fp32 [block_size + 1, E], of every position, and of one more: that of a full cache row."""
     half = config.head_dim // 2
-    freq = config.rope_theta ** (-torch.arange(half, device=position.device, dtype=torch.float32) / half)
-    angle = position[..., None, None].float() * freq
-    return angle.cos(), angle.sin()
+    freq = config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    angle = torch.arange(config.block_size + 1, device=device)[:, None] * freq
+    return torch.cat((angle.cos(), angle.sin()), -1)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE in Llama's rotate-half convention, on x [B, T, heads, E]."""
-    cos, sin = rope
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """RoPE in Llama's rotate-half convention, on x [B, T, heads, E]; rope is its positions' rows of the table."""
+    cos, sin = rope[..., None, :].chunk(2, -1)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -380,10 +379,10 @@ def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
         return attend(q, k, v, ~empty[:, None, None, :])
     # Products and sums, so that Inductor fuses reading the cache with the dot product; SDPA works in blocks made for
     # many queries. In eager mode nothing would fuse, and the products are E times the size of the scores.
-    q = q.view(B, 1, G, H // G, E).float() * E**-0.5
-    score = (q * k[:, :, :, None].float()).sum(-1)  # [B, C, G, H/G]
-    weight = score.masked_fill(empty[:, :, None, None], -math.inf).softmax(1)
-    return (weight[..., None] * v[:, :, :, None].float()).sum(1).to(v.dtype).view(B, 1, H, E)
+    q = q.view(B, G, H // G, 1, E).float() * E**-0.5
+    k, exact = (t.transpose(1, 2)[:, :, None].float() for t in (k, v))  # [B, G, 1, C, E]
+    weight = (q * k).sum(-1).masked_fill(empty[:, None, None], -math.inf).softmax(-1)  # [B, G, H/G, C]
+    return (weight[..., None] * exact).sum(3).to(v.dtype).view(B, 1, H, E)
 
 
 def use_flash(q: Tensor) -> bool:
@@ -447,14 +446,36 @@ def per_recursion(values: list, r: int | Tensor) -> Any:
     return values[r] if isinstance(r, int) else torch.tensor(values, device=r.device)[r][:, None]
 
 
-def compact(active: Tensor, slots: int) -> Tensor:
-    """Positions of the first `slots` True entries per row, ascending: bool [B, T] -> [B, K]; surplus slots hold T."""
+def compact(active: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The first `slots` True entries per row, bool [B, T]: their positions, ascending [B, K], surplus slots T; and what
+    undoes it, each token's slot [B, T], K for the others."""
     B, T = active.shape
     slot = torch.where(active, active.cumsum(1) - 1, slots).clamp(max=slots)
     index = torch.full((B, slots + 1), T, device=active.device)
     position = torch.arange(T, device=active.device).expand(B, T)
     # a selected token writes its position to its slot, all others to a bin behind the last
-    return index.scatter(1, slot, position)[:, :slots]
+    return index.scatter(1, slot, position)[:, :slots], slot
+
+
+class Take(torch.autograd.Function):
+    """x [B, S, D] at index [B, K] -> [B, K, D], zeros where the index is S. `inverse` [B, S] undoes the index, so the
+    gradient is a take as well: no atomic additions, slow on CPUs and in another order each time on GPUs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return Take.rows(x, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return Take.rows(grad, inverse), None, None
+
+    @staticmethod
+    def rows(x: Tensor, index: Tensor) -> Tensor:
+        B, S, D = x.shape
+        row = index.clamp(max=S - 1)[..., None].expand(-1, -1, D)
+        return torch.where((index < S)[..., None], x.gather(1, row), 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -541,7 +562,7 @@ class KVCache:
 class View:
     """What a stack of layers sees besides its tokens: rotation, mask, and its window on the cache."""
 
-    rope: tuple[Tensor, Tensor]
+    rope: Tensor  # [B, K, E] fp32: rows of rope_table at the tokens' original positions
     mask: Tensor | None = None  # [B, 1, K, S] bool; None: causal among the K tokens
     shared: list | None = None  # per layer (k, v) of recursion 0 to use instead of projecting
     cache: KVCache | None = None
@@ -641,8 +662,16 @@ class MoR(nn.Module):
             self.router = Router(c, c.n_recursion)
             if c.balance == "bias":
                 self.register_buffer("balance_bias", torch.zeros(c.n_recursion))
+        # a table, since computing it in the kernels that use it takes five times as long as the rotation itself
+        self.register_buffer("rope", rope_table(c), persistent=False)
         for p in self.parameters():  # all initialisation: matrices N(0, 0.02) as in Llama and the paper's code, norms 1
             nn.init.normal_(p, std=0.02) if p.dim() == 2 else nn.init.ones_(p)
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts the model, but the table of RoPE stays fp32."""
+        super()._apply(fn, recurse)
+        self.rope = rope_table(self.config, self.wte.weight.device)
+        return self
 
     # ---- routing: decide, then compact -> block -> scatter
 
@@ -713,30 +742,29 @@ class MoR(nn.Module):
 
     def recurse(self, r: int | Tensor, s: State, p: Pass) -> State:
         """Runs recursion r on the active tokens (compact, block, scatter), then decides recursion r + 1."""
-        c, (B, T, D) = self.config, s.x.shape
-        h, position, segments, gate = s.x, p.position, p.segments, s.gate
-        whole = T == 1 or self.everyone(r, p)  # nothing to gather
+        c, (B, T) = self.config, s.active.shape
+        h, position, segments = s.x, p.position, p.segments
+        whole = T == 1 or self.everyone(r, p)  # nothing to compact
         if not whole:
             # real tokens come first, so causal attention among the K never reaches padding
-            index = compact(s.active, self.slots(r, T, p))  # [B, K]
-            real, row = index < T, index.clamp(max=T - 1)
-            h = s.x.gather(1, row[..., None].expand(-1, -1, D))  # [B, K, D]
+            index, slot = compact(s.active, self.slots(r, T, p))  # [B, K], [B, T]
+            h, row = Take.apply(s.x, index, slot), index.clamp(max=T - 1)  # [B, K, D]
             position = position.expand(B, T).gather(1, row)
             segments = None if segments is None else segments.gather(1, row)
-            gate = gate.gather(1, row) if c.router == "expert" else gate
         view = self.block_view(r, position, segments, s, p)
         if self.checkpoint_recursions and torch.is_grad_enabled():
             y, kv = checkpoint(self.run_block, r, h, view, use_reentrant=False)
         else:
             y, kv = self.run_block(r, h, view)
-        # expert choice adds the gated output; token choice replaces the state and gates once, when the token leaves
-        update = gate[..., None] * y if c.router == "expert" else y - h
         if not whole:
-            x = s.x.scatter_add(1, row[..., None].expand(-1, -1, D), update * real[..., None])
-        elif c.router != "expert" and T > 1:
-            x = y  # without the rounding of x + (y - x)
+            y = Take.apply(y, slot, index)  # [B, T, D]
+        # expert choice adds the gated output; token choice replaces the state and gates once, when the token leaves
+        if c.router == "expert":
+            x = s.x + (s.gate * s.active)[..., None] * y
+        elif whole and T > 1:
+            x = y
         else:
-            x = s.x + update * s.active[..., None]
+            x = torch.where(s.active[..., None], y, s.x)
         if p.cache is not None and c.kv == "recursion":
             p.cache.fill[r, p.row] = s.active.sum(1) + (p.cache.fill[r, p.row] if p.decoding else 0)
         if c.kv == "share" and not p.decoding and r == 0:
@@ -759,7 +787,7 @@ class MoR(nn.Module):
     def block_view(self, r: int | Tensor, position: Tensor, segments: Tensor | None, s: State, p: Pass) -> View:
         """What recursion r attends to: the tokens that run it, or with kv="share" all, through recursion 0's K/V."""
         c, cache = self.config, p.cache
-        view = View(rope_table(position, c), layer=1 if c.n_unshared else 0, cache=cache, row=p.row)
+        view = View(self.rope[position], layer=1 if c.n_unshared else 0, cache=cache, row=p.row)
         reuse = c.kv == "share" and isinstance(r, int) and r > 0
         if p.decoding and c.kv == "share":
             view.slots, view.slot, view.length = cache.max_len, position[:, 0] % cache.max_len, position[:, 0] + 1
@@ -767,7 +795,8 @@ class MoR(nn.Module):
             view.shared = [None] * c.n_block if reuse else None  # later recursions find them in the cache
         elif p.decoding:
             used, slots = cache.fill[r, p.row], per_recursion(cache.slots, r)
-            view.start, view.slots = per_recursion(cache.start, r), slots if isinstance(r, int) else max(cache.slots)
+            view.start = per_recursion(cache.start, r)
+            view.slots = slots if isinstance(r, int) else max(cache.slots[1:])  # r > 0: recursion 0 is never among them
             view.live, view.slot = s.active[:, 0], used % (slots if isinstance(r, int) else slots[:, 0])
             view.length = (used + view.live).clamp(min=1)  # no softmax over nothing, in rows nobody reads
         elif reuse:
@@ -780,7 +809,7 @@ class MoR(nn.Module):
 
     def outer_view(self, layer: int, p: Pass) -> View:
         """What the first and the last layer attend to: every token."""
-        view = View(rope_table(p.position, self.config), document_mask(p.segments), None, p.cache, layer, row=p.row)
+        view = View(self.rope[p.position], document_mask(p.segments), None, p.cache, layer, row=p.row)
         if p.decoding:
             view.slots, position = p.cache.max_len, p.position[:, 0]
             view.slot, view.live, view.length = position % view.slots, p.valid[:, 0], position + 1

@@ -27,7 +27,7 @@ import os
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,6 +121,7 @@ class Decoder:
         self.early_exit = routed and (device.type == "cpu" and batch <= 4 if early_exit is None else early_exit)
         whole, real = (torch.zeros(batch, dtype=t, device=device) for t in (torch.long, torch.float32))
         self.left, self.stop = whole, whole[:1].clone()  # tokens still to draw per row; the token that ends a row
+        self.ahead: Sequence = ()  # early exit: state and pass of the tokens drawn last, recursion 0 behind them
         self.knobs = dict(temperature=real, top_p=real.clone(), top_k=whole.clone(), seed=whole.clone())
 
     def choose(self, logits: Tensor, filtered: bool | None) -> Tensor:
@@ -133,12 +134,14 @@ class Decoder:
         run = self.graphs.run
         if not self.early_exit:
             return run(("step", filtered), lambda t: self.leave(*self.enter(t, self.depth), filtered), token)
-        s, p = run(("enter",), lambda t: self.enter(t, 1), token)
+        s, p = self.ahead or run(("enter",), lambda t: self.enter(t, 1), token)
         for r in range(1, self.depth):
             if not s.active.any():  # the host sync
                 break
             s = run(("recurse", r), lambda s, p, r=r: self.model.recurse(r, s, p), s, p)
-        return run(("leave", filtered), lambda s, p: self.leave(s, p, filtered), s, p)
+        # the drawn token goes through recursion 0 in the same graph: a call less per token
+        token, depth, *self.ahead = run(("turn", filtered), lambda s, p: self.turn(s, p, filtered), s, p)
+        return token, depth
 
     def enter(self, token: Tensor, recursions: int) -> tuple[State, Pass]:
         p = self.model.decode_pass(torch.where(token == self.stop, -1, token), self.cache)
@@ -150,6 +153,10 @@ class Decoder:
     def leave(self, s: State, p: Pass, filtered: bool | None) -> tuple[Tensor, Tensor]:
         logits = self.model.decode_leave(s, p)
         return torch.where(p.valid[:, 0], self.choose(logits, filtered), -1), s.depth[:, 0]
+
+    def turn(self, s: State, p: Pass, filtered: bool | None) -> tuple[Tensor, Tensor, State, Pass]:
+        token, depth = self.leave(s, p, filtered)
+        return token, depth, *self.enter(token, 1)
 
 
 class Generated(NamedTuple):
@@ -177,7 +184,7 @@ def generate(
     if decoder is None:
         block = model.config.block_size
         decoder = Decoder(model, len(prompts), bucket(min(block, max(lengths) + max_new_tokens), block), **options)
-    cache = decoder.cache
+    cache, decoder.ahead = decoder.cache, ()
     if len(prompts) > cache.batch or max(lengths) >= cache.max_len:
         size = f"{cache.batch} rows of {cache.max_len} tokens"
         raise ValueError(f"{len(prompts)} prompts of up to {max(lengths)} tokens do not fit a decoder for {size}")

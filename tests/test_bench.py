@@ -106,9 +106,10 @@ def test_quick_decode(capsys):
     result, _ = run(capsys, "decode", "--quick", "--no-compile", "--dtype", "fp32")
     rows = {row["name"]: row for row in result["rows"]}
     assert rows["transformers"]["same_tokens"] == rows["vanilla, uncached"]["same_tokens"] == 1
-    exits = ("decode", "expert-2", "--quick", "--no-compile", "--dtype", "fp32", "--exits", "--no-llama")
-    rows = {row["name"]: row for row in run(capsys, *exits, "--no-uncached")[0]["rows"]}
-    assert set(rows) == {"expert-2, early exit", "expert-2, one graph"}
+    ablate = ("decode", "expert-2", "--quick", "--no-compile", "--dtype", "fp32", "--ablate", "--no-llama")
+    rows = {row["name"]: row for row in run(capsys, *ablate, "--no-uncached")[0]["rows"]}
+    without = ("early exit", "one graph", "SDPA", "not packed")
+    assert set(rows) == {"expert-2", *(f"expert-2, {what}" for what in without)}
     assert all(row["same_tokens"] == 1 for row in rows.values())
 
 

@@ -112,7 +112,7 @@ def test_compiled_generation_equals_the_full_forward_and_never_recompiles(early_
     stages = [("step", False)]
     if early_exit:
         check(model, decoder, SETTINGS[0])  # greedy: one more last stage
-        stages = [("enter",), ("recurse", 1), ("recurse", 2), ("leave", False), ("leave", None)]
+        stages = [("enter",), ("recurse", 1), ("recurse", 2), ("turn", False), ("turn", None)]
     assert set(decoder.graphs) == {("prefill", 24, False), *stages}
     assert not compiler["graph_break"]
 
