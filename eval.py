@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -49,19 +49,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import MoR, Pass
-from prepare import (
-    Parser,
-    Shards,
-    ask_hub,
-    check_tokenizer,
-    fail,
-    load_meta,
-    load_tokenizer,
-    same_tokenizer,
-    save_tokenizer,
-    tokenizer_file,
-)
+import prepare
+from model import MoR, MoRConfig, Pass
+from prepare import Parser, Shards, fail, load_meta, load_tokenizer
 from sample import generate, heatmap, load_run, read_text, run_tokenizer, token_bytes
 
 THRESHOLDS = (0.01, 0.1, 0.5, 0.9, 0.99)
@@ -79,14 +69,24 @@ class Measured(NamedTuple):
     depth: np.ndarray  # [E, T] recursions run
     router: np.ndarray | None  # [E, T, N] logits of the deciding router
 
+    def probability(self, kind: str) -> np.ndarray:
+        """[E, T, N] of a router of this kind."""
+        logits = torch.from_numpy(self.router).double()
+        return (logits.softmax(-1) if kind == "token" else logits.sigmoid()).numpy()
+
+    def choices(self, config: MoRConfig) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Per recursion where there is a choice: who could be chosen, and who of all was, both bool [E, T]."""
+        recursions = range(config.n_recursion)
+        if config.router == "token":
+            return {r: (self.depth >= 0, self.depth == r + 1) for r in recursions}
+        return {r: (self.depth >= r, self.depth > r) for r in recursions if config.capacities[r] < 1}
+
 
 @torch.no_grad()
 def measure(model: MoR, rows: np.ndarray, routing: str, eot: int | None = None, **knobs) -> Measured:
     """Every token of the blocks [E, T+1]; knobs are threshold and max_depth. eot: attention stays inside documents."""
-    E, T = len(rows), rows.shape[1] - 1
-    size = max(1, LOGITS // (T * model.config.vocab_size))
-    parts = []
-    for start in range(0, E, size):
+    size, parts = max(1, LOGITS // ((rows.shape[1] - 1) * model.config.vocab_size)), []
+    for start in range(0, len(rows), size):
         block = torch.from_numpy(rows[start : start + size]).to(model.wte.weight.device)
         idx, targets = block[:, :-1], block[:, 1:]
         out = model(idx, routing=routing, segments=None if eot is None else (idx == eot).cumsum(1), **knobs)
@@ -117,21 +117,20 @@ def quality(model: MoR, m: Measured, n_bytes: int) -> dict:
     )  # fmt: skip
 
 
-def router_metrics(model: MoR, m: Measured, threshold: float = 0.5) -> dict:
+def router_metrics(config: MoRConfig, m: Measured, threshold: float = 0.5) -> dict:
     """Of a pass with top-k routing for expert choice; for token choice there is only one kind of pass."""
-    c, N = model.config, model.config.n_recursion
-    loads = np.bincount(m.depth.ravel(), minlength=N + 1)[1:]
-    logits = torch.from_numpy(m.router).double()
-    p = (logits.softmax(-1) if c.router == "token" else logits.sigmoid()).mean((0, 1)).numpy()
+    loads = np.bincount(m.depth.ravel(), minlength=config.n_recursion + 1)[1:]
+    p = m.probability(config.router).mean((0, 1))
+    p /= p.sum()
     found = dict(
-        dead_token_ratio=(m.depth[:500] < N).all(0).mean(), dead_token_sequences=min(500, len(m.depth)),
-        max_vio=loads.max() / loads.mean() - 1, entropy=-(p / p.sum() * np.log(p / p.sum() + 1e-30)).sum(),
-    )  # fmt: skip
-    if c.router == "expert":
-        agree, border = {}, math.log(threshold / (1 - threshold))
-        for r in [r for r in range(N) if c.capacities[r] < 1]:  # elsewhere there is no choice
-            candidates = m.depth >= r
-            agree[r] = ((m.depth > r) == (m.router[..., r] >= border))[candidates]
+        dead_token_ratio=(m.depth[:500] < config.n_recursion).all(0).mean(),
+        dead_token_sequences=min(500, len(m.depth)),
+        max_vio=loads.max() / loads.mean() - 1,
+        entropy=-(p * np.log(p + 1e-30)).sum(),
+    )
+    if config.router == "expert" and (choices := m.choices(config)):
+        border = math.log(threshold / (1 - threshold))
+        agree = {r: (who == (m.router[..., r] >= border))[could] for r, (could, who) in choices.items()}
         found["sampling_accuracy"] = np.concatenate(list(agree.values())).mean()
         found["sampling_accuracy_by_recursion"] = {str(r): a.mean() for r, a in agree.items()}
     return found
@@ -152,14 +151,17 @@ def evaluate(model: MoR, rows: np.ndarray, enc: tiktoken.Encoding, eot: int | No
     if len(passes) == 2:
         report["gap"] = report["causal"]["nll"] - report["topk"]["nll"]
     if c.router != "none":
-        report["router"] = router_metrics(model, passes.get("topk") or passes["causal"], knobs["threshold"])
+        report["router"] = router_metrics(c, passes.get("topk") or passes["causal"], knobs["threshold"])
 
     report["scaling"] = []  # test-time scaling, paper Figure 5c
-    cyclic, expert = "sequence" not in c.sharing, c.router == "expert"
-    settings = [dict(knobs, max_depth=d) for d in range(1, c.n_recursion + 1) if cyclic or d == c.n_recursion]
-    settings += [dict(knobs, threshold=t) for t in THRESHOLDS if expert and t != knobs["threshold"]]
-    for setting in settings if not undefined else []:
-        same = setting == knobs or setting == dict(knobs, max_depth=knobs["max_depth"] or c.n_recursion)
+    if undefined:
+        return report, passes
+    depths = range(1, c.n_recursion + 1) if "sequence" not in c.sharing else [c.n_recursion]
+    settings = [dict(knobs, max_depth=depth) for depth in depths]
+    if c.router == "expert":
+        settings += [dict(knobs, threshold=t) for t in THRESHOLDS if t != knobs["threshold"]]
+    for setting in settings:
+        same = setting == dict(knobs, max_depth=knobs["max_depth"] or c.n_recursion)
         m = passes["causal"] if same else measure(model, rows, "causal", eot, **setting)
         numbers = dict(nll=m.nll.mean(dtype=float), flops_per_token=flops(model, m.depth), mean_depth=m.depth.mean())
         report["scaling"].append(setting | numbers)
@@ -195,16 +197,12 @@ def draw(model: MoR, report: dict, passes: dict, out: Path) -> None:
             axis.bar(depths + (i - (len(passes) - 1) / 2) * 0.4, bars, 0.38, label=name.replace("topk", "top-k"))
         axis.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         save(fig, "depth_histogram.png", xlabel="recursions", ylabel="share of tokens", xticks=depths)
-    if c.router != "none":
-        m = passes.get("topk") or passes["causal"]
-        chosen = [r for r in range(N) if c.router == "token" or c.capacities[r] < 1]
-        logits = torch.from_numpy(m.router)
-        p = (logits.softmax(-1) if c.router == "token" else logits.sigmoid()).numpy()
-        fig, axes = plt.subplots(1, len(chosen), figsize=(4 * len(chosen), 3), squeeze=False)
-        for axis, r in zip(axes[0], chosen, strict=True):
-            candidates = m.depth >= (r if c.router == "expert" else 0)
-            taken = m.depth > r if c.router == "expert" else m.depth == r + 1
-            for label, which in (("selected", candidates & taken), ("unselected", candidates & ~taken)):
+    m = passes.get("topk") or passes["causal"]
+    if c.router != "none" and (choices := m.choices(c)):
+        p = m.probability(c.router)
+        fig, axes = plt.subplots(1, len(choices), figsize=(4 * len(choices), 3), squeeze=False)
+        for axis, (r, (could, who)) in zip(axes[0], choices.items(), strict=True):
+            for label, which in (("selected", could & who), ("unselected", could & ~who)):
                 axis.hist(p[..., r][which], np.linspace(0, 1, 41), alpha=0.6, label=label)
             axis.set_title(f"recursion {r + 1}" if c.router == "expert" else f"depth {r + 1}")
             axis.legend(frameon=False)
@@ -224,11 +222,11 @@ def draw(model: MoR, report: dict, passes: dict, out: Path) -> None:
         bounds = [x for x in report["scaling"] if x["threshold"] == report["threshold"]]
         sweep = sorted((x for x in report["scaling"] if x["max_depth"] in (None, own)), key=lambda x: x["threshold"])
         for points, key, style, up in ((bounds, "max_depth", "o-", 6), (sweep, "threshold", "s--", -14)):
+            at = [(x["flops_per_token"] / 1e6, x["nll"]) for x in points]
             if len(points) > 1:
-                axis.plot([x["flops_per_token"] / 1e6 for x in points], [x["nll"] for x in points], style, label=key)
-                for x in points:
-                    at = x["flops_per_token"] / 1e6, x["nll"]
-                    axis.annotate(x[key] or own, at, (-4, up), textcoords="offset points", fontsize=8)
+                axis.plot(*zip(*at, strict=True), style, label=key)
+                for x, where in zip(points, at, strict=True):
+                    axis.annotate(x[key] or own, where, (-4, up), textcoords="offset points", fontsize=8)
         if "topk" in report:
             axis.plot(report["topk"]["flops_per_token"] / 1e6, report["topk"]["nll"], "k*", label="top-k (not causal)")
         axis.margins(y=0.12)
@@ -238,34 +236,18 @@ def draw(model: MoR, report: dict, passes: dict, out: Path) -> None:
 
 def table(report: dict) -> None:
     """The report, for people."""
-    for name in ("causal", "topk"):
-        if name in report:
-            x = report[name]
-            share = " / ".join(f"{f:.3f}" for f in x["fractions"])
-            print(
-                f"{name:6}  NLL {x['nll']:.4f}  bits/byte {x['bits_per_byte']:.4f}  perplexity {x['perplexity']:.2f}"
-                f"  MFLOPs/token {x['flops_per_token'] / 1e6:.2f}  fractions {share}"
-            )
+    rows = [(name, report[name]) for name in ("causal", "topk", "router") if name in report]
+    rows += [("of one depth", x) for x in (report.get("causal") or report["topk"])["by_depth"]]
+    rows += [("causal", x) for x in report["scaling"]]
+    for name, numbers in rows:
+        print(f"{name:14}" + "  ".join(f"{k} {v}" for k, v in rounded(numbers, 4).items() if not k.startswith("by_")))
     if "gap" in report:
         print(f"causal minus top-k: {report['gap']:+.5f} nats per token")
-    for name, value in report.get("router", {}).items():
-        print(f"{name.replace('_', ' ')}: {rounded(value, 4)}")
-    for x in (report.get("causal") or report["topk"])["by_depth"]:
-        print(f"tokens of depth {x['depth']}: {x['share']:.1%}, NLL {x['nll']:.4f}")
-    for x in report["scaling"]:
-        bound = f"max depth {x['max_depth'] or 'all'}, threshold {x['threshold']}"
-        print(f"{bound:30}  NLL {x['nll']:.4f}  {x['flops_per_token'] / 1e6:.2f} MFLOPs, depth {x['mean_depth']:.2f}")
 
 
 def rounded(x, digits: int = 6):
     """Plain JSON numbers out of NumPy's, of few digits."""
-    if isinstance(x, dict):
-        return {k: rounded(v, digits) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [rounded(v, digits) for v in x]
-    if isinstance(x, int | np.integer) or x is None or isinstance(x, str):
-        return x if not isinstance(x, np.integer) else int(x)
-    return round(float(x), digits)
+    return json.loads(json.dumps(x, default=np.generic.item), parse_float=lambda text: round(float(text), digits))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -276,6 +258,7 @@ class Scorer:
     """What lm-evaluation-harness asks of a model. A request is anything whose .args are its arguments."""
 
     def __init__(self, model: MoR, enc: tiktoken.Encoding, batch_size: int = 32, **knobs):
+        super().__init__()  # of the harness's LM
         self.model, self.enc, self.batch_size = model, enc, batch_size
         self.knobs = dict(threshold=0.5, max_depth=None) | knobs
 
@@ -287,50 +270,43 @@ class Scorer:
         """args (text,) -> log-probability of the text, from end-of-text on; a long text in windows of the context's
         length, each token predicted once, the last window reaching back as far as the context does."""
         windows, owners, T = [], [], self.model.config.block_size
-        for owner, (text,) in enumerate(request.args for request in requests):
-            tokens = [self.enc.eot_token, *self.enc.encode_ordinary(text)]
+        for owner, request in enumerate(requests):
+            tokens = [self.enc.eot_token, *self.enc.encode_ordinary(request.args[0])]
             for start in range(1, len(tokens), T):
                 end = min(start + T, len(tokens))
                 windows.append((tokens[max(0, end - T - 1) : start], tokens[start:end]))
                 owners.append(owner)
-        total = [0.0] * len(requests)
-        for owner, (logprob, _) in zip(owners, self.score(windows), strict=True):
-            total[owner] += logprob
-        return total
+        logprobs = [logprob for logprob, _ in self.score(windows)]
+        return np.bincount(np.array(owners, int), logprobs, len(requests)).tolist()
 
     def generate_until(self, requests: list) -> list[str]:
         """args (context, options) -> text up to the first of options["until"], of options["max_gen_toks"] or less."""
-        texts, T = [""] * len(requests), self.model.config.block_size
-
-        def options(i: int) -> tuple[int, float]:
-            given = requests[i].args[1]
-            sampled = given.get("do_sample", given.get("temperature", 0.0) > 0)
-            return given.get("max_gen_toks", 256), given.get("temperature", 1.0) if sampled else 0.0
-
-        order = sorted(range(len(requests)), key=options)
-        for (most, temperature), group in groupby(order, options):
-            prompts = {}
-            for i in group:
-                ids = self.enc.encode_ordinary(requests[i].args[0]) or [self.enc.eot_token]
-                prompts[i] = ids[-max(1, T - most) :]
-            for batch in batches(sorted(prompts, key=lambda i: len(prompts[i])), self.batch_size):
-                rows = [prompts[i] for i in batch]
+        T, jobs, texts = self.model.config.block_size, [], [""] * len(requests)
+        for i, (context, options) in enumerate(request.args for request in requests):
+            sampled = options.get("do_sample", options.get("temperature", 0.0) > 0)
+            most, temperature = options.get("max_gen_toks", 256), options.get("temperature", 1.0) if sampled else 0.0
+            ids = self.enc.encode_ordinary(context) or [self.enc.eot_token]
+            ids = ids[-max(T // 2, T - most) :]  # generation ends where the context does
+            jobs.append((most, temperature, len(ids), i, ids))
+        for (most, temperature), alike in groupby(sorted(jobs), lambda job: job[:2]):
+            for batch in batches(list(alike), self.batch_size):
+                *_, order, prompts = zip(*batch, strict=True)
                 knobs = dict(temperature=temperature, stop_token=self.enc.eot_token, compile=False, slack=1e6)
-                found = generate(self.model, rows, most, **knobs, **self.knobs).tokens
-                for i, tokens in zip(batch, found, strict=True):
-                    texts[i] = self.enc.decode(tokens)
+                found = generate(self.model, prompts, most, **knobs, **self.knobs).tokens
+                for i, tokens in zip(order, found, strict=True):
                     until = requests[i].args[1].get("until") or []
-                    for stop in [until] if isinstance(until, str) else until:
-                        texts[i] = texts[i].split(stop)[0] if stop else texts[i]
+                    texts[i] = self.enc.decode(tokens)
+                    for stop in filter(None, [until] if isinstance(until, str) else until):
+                        texts[i] = texts[i].split(stop)[0]
         return texts
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both. A token must not end between them, so spaces that end the context go to the continuation."""
-        space = len(context) - len(context.rstrip())
-        if space:
-            context, continuation = context[:-space], context[-space:] + continuation
-        ids, whole = self.enc.encode_ordinary(context), self.enc.encode_ordinary(context + continuation)
-        return (ids, whole[len(ids) :]) if ids else ([self.enc.eot_token], whole)
+        bare = context.rstrip()
+        continuation = context[len(bare) :] + continuation
+        ids, whole = self.enc.encode_ordinary(bare), self.enc.encode_ordinary(bare + continuation)
+        # a continuation that merges into the last token of the context is not certain
+        return ids or [self.enc.eot_token], whole[len(ids) :] or self.enc.encode_ordinary(continuation)
 
     @torch.no_grad()
     def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -360,7 +336,7 @@ class Scorer:
         return scores
 
 
-def batches(order: list[int], size: int) -> Iterable[list[int]]:
+def batches(order: list, size: int) -> Iterator[list]:
     return (order[i : i + size] for i in range(0, len(order), size))
 
 
@@ -369,24 +345,25 @@ def local_dataset(root: Path, path: str, name: str | None = None):
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
     short, splits = path.split("/")[-1], {}
-    for file in sorted([*root.rglob("state.json"), *root.rglob("*.jsonl"), *root.rglob("*.parquet")]):
-        where = file.parent if file.name == "state.json" else file.with_suffix("")
-        parents = where.relative_to(root.parent).parts[:-1]
+    files = [(file.parent, load_from_disk) for file in root.rglob("state.json")]
+    files += [(file, Dataset.from_json) for file in root.rglob("*.jsonl")]
+    files += [(file, Dataset.from_parquet) for file in root.rglob("*.parquet")]
+    for file, read in sorted(files):
+        parents = file.relative_to(root.parent).parts[:-1]
         # mmlu is mmlu_no_train in the package
         if any(p.startswith(short) for p in parents) and (name in (None, "default") or name in parents):
-            read = {".json": lambda f: load_from_disk(f.parent), ".parquet": Dataset.from_parquet}
-            splits[where.name] = read.get(file.suffix, Dataset.from_json)(file if file.suffix == ".json" else str(file))
+            splits[file.stem] = read(str(file))
     requests = next(root.rglob("lambada/*/requests.jsonl.gz"), None)
     if not splits and short.startswith("lambada") and requests:
         rows = load_dataset("json", data_files=str(requests), split="train")["request"]
         splits["test"] = Dataset.from_list([{"text": row["context"] + row["continuation"]} for row in rows])
     if not splits:
         fail(f"--task-data {root} holds no data set {short}{f'/{name}' if name else ''}: name another directory")
-    some = next(iter(splits.values()))
+    empty = next(iter(splits.values())).select([])  # tasks open train even when asked without examples
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits["validation"]  # a task that has both asks for test: ARC
         print(f"note: {short} has no test split in {root}; a task that wants it gets validation", file=sys.stderr)
-    return DatasetDict({"train": some.select([])} | splits)  # tasks open train even when asked without examples
+    return DatasetDict({"train": empty} | splits)
 
 
 def run_tasks(model: MoR, enc: tiktoken.Encoding, args, knobs: dict) -> dict:
@@ -417,13 +394,11 @@ def run_tasks(model: MoR, enc: tiktoken.Encoding, args, knobs: dict) -> dict:
         if root:
             return local_dataset(root, path, name)
         if not datasets.config.HF_HUB_OFFLINE:  # offline, what was downloaded before may do
-            ask_hub(path)
+            prepare.ask_hub(path)
         return remote(path, name, **options)
 
     class Harness(Scorer, LM):
-        def __init__(self, *scorer, **knobs):
-            LM.__init__(self)
-            Scorer.__init__(self, *scorer, **knobs)
+        pass
 
     lm, start = Harness(model, enc, args.batch_size, **knobs), time.perf_counter()
     try:
@@ -434,11 +409,12 @@ def run_tasks(model: MoR, enc: tiktoken.Encoding, args, knobs: dict) -> dict:
             )  # fmt: skip
     except (OSError, ValueError, KeyError) as e:  # the hub out of reach, a damaged file, a split that is not there
         fail(f"--tasks {args.tasks}: {type(e).__name__}: {e}; behind a firewall, --task-data DIR reads local files")
-    print(f"tasks took {time.perf_counter() - start:.0f} s")
+    seconds = time.perf_counter() - start
+    print(f"tasks took {seconds:.0f} s")
     scores = {name: tidy(name, found["results"][name]) for name in names}
     for name, score in scores.items():
         print(f"{name:20} " + "  ".join(f"{k} {v}" for k, v in score.items()))
-    return {"tasks": scores, "seconds": round(time.perf_counter() - start, 1), **knobs}
+    return {"tasks": scores, "seconds": round(seconds, 1), **knobs}
 
 
 def tidy(name: str, result: dict) -> dict:
@@ -458,15 +434,14 @@ def export(run: str, target: Path) -> None:
     transformers reads. With one: the layout of the authors' checkpoints. MoR.from_pretrained reads both."""
     from safetensors.torch import save_file
 
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not target.name or target.exists() and (not target.is_dir() or any(target.iterdir())):
         fail(f"{target} exists already: name a new directory")
     model, meta, checkpoint = load_run(run)
     enc = run_tokenizer(run, checkpoint)
     c, own, sd, llama = model.config, model.state_dict(), {}, model.config.router == "none"
     for theirs, ours in model.reference_names().items():
-        if theirs == "lm_head.weight" and c.tie_embeddings:
-            continue
-        if llama or ours not in sd.values():  # a Llama has no tied layers: they are repeated
+        tied = theirs == "lm_head.weight" and c.tie_embeddings
+        if not tied and (llama or ours not in sd.values()):  # a Llama has no tied layers: they are repeated
             sd[theirs] = ours
     config = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab_size, hidden_size=c.d_model,
@@ -484,7 +459,7 @@ def export(run: str, target: Path) -> None:
         partial.mkdir(parents=True)
         save_file({k: own[v].clone() for k, v in sd.items()}, partial / "model.safetensors", {"format": "pt"})
         (partial / "config.json").write_text(json.dumps(config, indent=1))
-        save_tokenizer(enc, partial)
+        prepare.save_tokenizer(enc, partial)
         partial.replace(target)
     except OSError as e:
         fail(f"{target}: cannot be written ({e.strerror})")
@@ -533,14 +508,14 @@ def open_model(args) -> tuple[MoR, dict, tiktoken.Encoding]:
     if not any(Path(args.run).glob("*.safetensors")):
         model, _, checkpoint = load_run(args.run, device, dtype)
         return model, checkpoint["config"], run_tokenizer(args.run, checkpoint)
-    if not args.data and (args.tasks is None or not tokenizer_file(args.run)):
+    if not args.data and (args.tasks is None or not prepare.tokenizer_file(args.run)):
         fail(f"{args.run} holds weights alone: name the data with --data")
     try:
         model = MoR.from_pretrained(args.run)
     except ValueError as e:
         fail(str(e))
     enc = load_tokenizer(args.data or args.run)
-    check_tokenizer(args.run, enc)
+    prepare.check_tokenizer(args.run, enc)
     return model.to(device, dtype).eval(), {"train": {}}, enc
 
 
@@ -550,7 +525,7 @@ def open_data(args, config: dict, model: MoR, enc: tiktoken.Encoding) -> tuple[s
     if not Path(data).is_dir():
         fail(f"{data}: no such data directory; name the data of {args.run} with --data")
     meta, shards, theirs = load_meta(data), Shards(data, "val"), load_tokenizer(data)
-    if not same_tokenizer(theirs, enc) or meta["vocab_size"] > model.config.vocab_size:
+    if not prepare.same_tokenizer(theirs, enc) or meta["vocab_size"] > model.config.vocab_size:
         fail(
             f"{data} was made with another tokenizer ({meta['tokenizer']}, {meta['vocab_size']} tokens) than {args.run}"
             f" was trained with ({enc.name}, {enc.n_vocab}): give --data that was prepared with the run's"

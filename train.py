@@ -40,8 +40,8 @@ import sys
 import time
 import warnings
 from argparse import SUPPRESS, BooleanOptionalAction, RawDescriptionHelpFormatter
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,8 +57,8 @@ from torch.nn.parallel import DistributedDataParallel
 from bench import DTYPES, matmul_peak
 from eval import Measured, fractions, measure, rounded, router_metrics
 from model import CHOICES as MODEL_CHOICES
-from model import PRESETS, MoR, MoRConfig
-from prepare import Parser, Shards, check_tokenizer, fail, load_meta, load_tokenizer
+from model import PRESETS, MoR, MoRConfig, Output
+from prepare import Parser, Shards, check_tokenizer, fail, load_meta, load_tokenizer, tokenizer_file
 from sample import DAMAGE, load_run, read_checkpoint
 
 MODEL_DEFAULTS = dict(router="expert", n_recursion=3)  # what "a MoR" means when no flag says otherwise
@@ -70,7 +70,8 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "dtype": ("auto", *DTYPES),
     "parallel": ("ddp", "fsdp"),
-}
+} | MODEL_CHOICES
+SCHEDULE = "lr schedule steps warmup cooldown capacity_warmup".split()  # what a cool-down takes from its plateau
 
 
 @dataclass
@@ -88,7 +89,7 @@ class TrainConfig:
     lr: float = 3e-3  # peak learning rate
     schedule: str = "trapezoid"  # trapezoid (warm-up, plateau, linear cool-down to 0) or cosine (to a tenth)
     warmup: float = 0.05  # linear warm-up: a fraction of the steps, or a number of steps if 1 or more
-    cooldown: float = 0.2  # trapezoid's cool-down: a fraction of the steps, or a number of steps if 1 or more
+    cooldown: float = 0.2  # trapezoid's cool-down: the same; both are saved as numbers of steps
     weight_decay: float = 0.1  # AdamW's, on matrices only
     clip: float = 1.0  # largest norm of the gradient
     capacity_warmup: int = 0  # steps in which capacities fall from 1 to their values on a half cosine
@@ -111,18 +112,13 @@ class TrainConfig:
     wandb: bool = False  # also log to Weights & Biases
 
     def problems(self) -> list[str]:
-        counts = "steps batch_tokens micro_batch log_every eval_every eval_tokens keep max_skipped"
-        rules = (
-            (counts, "at least 1", lambda x: x >= 1),
-            ("warmup cooldown weight_decay capacity_warmup save_every seed", "at least 0", lambda x: 0 <= x < math.inf),
-            ("lr clip", "a finite number > 0", lambda x: 0 < x < math.inf),
-        )
-        wrong = ((n, must) for names, must, good in rules for n in names.split() if not good(getattr(self, n)))
-        return [f"{flag(n)} {getattr(self, n)} must be {must}" for n, must in wrong]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
+        counts = "steps batch_tokens micro_batch log_every eval_every eval_tokens keep max_skipped".split()
+        others = "warmup cooldown weight_decay capacity_warmup save_every seed".split()
+        least = dict.fromkeys(counts, 1) | dict.fromkeys(others, 0)
+        values = vars(self)
+        bad = [f"{flag(k)} {values[k]} must be at least {n}" for k, n in least.items() if not n <= values[k] < math.inf]
+        positive = [k for k in ("lr", "clip") if not 0 < values[k] < math.inf]
+        return bad + [f"{flag(k)} {values[k]} must be a finite number > 0" for k in positive]
 
 
 def flag(name: str) -> str:
@@ -135,26 +131,31 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict]:
     """Flags generated from the fields of both dataclasses -> (TrainConfig, the MoRConfig fields that were given)."""
-    parser = Parser(
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS, allow_abbrev=False
-    )
+    layout = dict(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(**layout, argument_default=SUPPRESS, allow_abbrev=False)
     kinds = dict(tuple=numbers, float=float, int=int, str=str)  # by the first of these names in the annotation
     for cls, title in ((TrainConfig, "training"), (MoRConfig, "model (default: what --preset or --init-from says)")):
         group = parser.add_argument_group(title)
         helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
         for f in fields(cls):
+            if f.type is bool:
+                how = dict(action=BooleanOptionalAction)
+            elif f.name in CHOICES:
+                how = dict(choices=[choice for choice in CHOICES[f.name] if choice is not None])
+            else:
+                how = dict(type=next(kind for name, kind in kinds.items() if name in str(f.type)), metavar="X")
             text = helps.get(f.name, "").replace("%", "%%")
             if cls is TrainConfig or f.name in MODEL_DEFAULTS:
                 text += f" (default: {MODEL_DEFAULTS.get(f.name, f.default)!s})"
-            if f.type is bool:
-                group.add_argument(flag(f.name), action=BooleanOptionalAction, help=text)
-                continue
-            kind = next(kind for name, kind in kinds.items() if name in str(f.type))
-            choices = [c for c in (CHOICES | MODEL_CHOICES).get(f.name, ()) if c is not None] or None
-            group.add_argument(flag(f.name), type=kind, choices=choices, metavar=None if choices else "X", help=text)
+            group.add_argument(flag(f.name), help=text, **how)
     given = vars(parser.parse_args(argv))
     cfg = TrainConfig(**{f.name: given[f.name] for f in fields(TrainConfig) if f.name in given})
     problems = cfg.problems()
+    if not problems:
+        cfg.warmup, cfg.cooldown = (round(x if x >= 1 else x * cfg.steps) for x in (cfg.warmup, cfg.cooldown))
+    if cfg.schedule == "trapezoid" and not cfg.cooldown_from and cfg.warmup + cfg.cooldown > cfg.steps:
+        what = f"a warm-up of {cfg.warmup} and a cool-down of {cfg.cooldown} steps"
+        problems.append(f"{what} do not fit into --steps {cfg.steps}")
     if cfg.init_from and "preset" in given:
         problems.append("--init-from has a size of its own: leave --preset out")
     missing = [name for name in ("tensorboard", "wandb") if getattr(cfg, name) and find_spec(name) is None]
@@ -170,19 +171,15 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict]:
 
 @dataclass
 class World:
-    """This process among the others. Everything works unchanged when it is alone."""
+    """This process among the others; rank 0 is the chief. Everything works unchanged when it is alone."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     local_rank: int = 0
 
-    @property
-    def chief(self) -> bool:
-        return self.rank == 0
-
     def say(self, text: str) -> None:
-        if self.chief:
+        if self.rank == 0:
             print(text, flush=True)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -195,10 +192,10 @@ class World:
         """Whether any process says yes. Always over gloo on the CPU: asking must not wait for the GPU."""
         return bool(self.sum(torch.tensor(int(yes))))
 
-    def chief_does(self, function, *args):
+    def chief_does(self, function: Callable, *args):
         """Runs it on the chief -> its result, on every process. If it fail()s, every process exits with it."""
         box = [None, None]
-        if self.chief:
+        if self.rank == 0:
             try:
                 box[0] = function(*args)
             except SystemExit as e:
@@ -285,32 +282,31 @@ def to_device(rows: np.ndarray, eot: int | None, device: torch.device) -> tuple[
 def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig, dict[str, Tensor] | None]:
     """What --preset or --init-from and the model flags describe -> (its configuration, weights if it comes with any).
     Every process reads --init-from: a mistake ends them all, and file and seed make the same weights in each."""
-    path, weights, remedy = Path(cfg.init_from), None, "leave --vocab-size out"
-    own = path.is_file() or any(path.glob("ckpt_*.pt"))
+    path, model, remedy = Path(cfg.init_from), None, "leave --vocab-size out"
     try:
         if not cfg.init_from:
             config = MoRConfig.preset(cfg.preset, **(MODEL_DEFAULTS | dict(vocab_size=meta["vocab_size"]) | given))
         else:
             torch.manual_seed(cfg.seed)  # of new routers
+            own = path.is_file() or any(path.glob("ckpt_*.pt"))
             model, theirs, _ = load_run(path) if own else (MoR.from_pretrained(path, cfg.init, **given), meta, None)
-            weights, remedy = model.state_dict(), "prepare the data with the tokenizer of the weights"
-            config = MoRConfig(**(model.config.asdict() | given))
+            config, remedy = replace(model.config, **given), "prepare the data with the tokenizer of the weights"
     except ValueError as e:
         fail(str(e)[:400])
     if config.vocab_size < meta["vocab_size"]:
         fail(f"a vocabulary of {config.vocab_size} is below the {meta['vocab_size']} of {cfg.data}: {remedy}")
-    if weights is None:
+    if model is None:
         return config, None
     with torch.device("meta"):
-        needed = {name: tensor.shape for name, tensor in MoR(config).state_dict().items()}
-    if needed != {name: tensor.shape for name, tensor in weights.items()}:
+        shapes, needed = ({k: t.shape for k, t in m.state_dict().items()} for m in (model, MoR(config)))
+    if needed != shapes:
         fail(f"the weights in {path} do not fit the model flags: leave these out, or start from what eval.py exports")
     if theirs["tokenizer"] != meta["tokenizer"]:
         fail(f"{path} was trained with tokenizer {theirs['tokenizer']}, {cfg.data} has {meta['tokenizer']}: {remedy}")
     home = path.parent if path.is_file() else path
-    if any(home.glob("*token*")):  # a tokenizer beside the weights: it must be that of the data
+    if tokenizer_file(home):  # it must be that of the data, whatever its name
         check_tokenizer(home, load_tokenizer(cfg.data))
-    return config, weights
+    return config, model.state_dict()
 
 
 def open_data(cfg: TrainConfig, meta: dict, config: MoRConfig) -> tuple[Shards, Shards]:
@@ -331,11 +327,9 @@ def open_data(cfg: TrainConfig, meta: dict, config: MoRConfig) -> tuple[Shards, 
 
 def check_ids(cfg: TrainConfig, shards: tuple[Shards, ...], vocab_size: int, world: World) -> None:
     """Every token id against the vocabulary; the processes divide the reading."""
-    piece, largest = 1 << 24, 0
-    for tokens in (m for s in shards for m in s.maps):
-        for start in range(world.rank * piece, len(tokens), world.size * piece):
-            largest = max(largest, int(tokens[start : start + piece].max()))
-    if world.agree(largest >= vocab_size):
+    piece, maps = 1 << 24, [tokens for split in shards for tokens in split.maps]
+    starts = ((m, i) for m in maps for i in range(world.rank * piece, len(m), world.size * piece))
+    if world.agree(any(m[i : i + piece].max() >= vocab_size for m, i in starts)):
         fail(f"{cfg.data} holds token ids beyond the vocabulary of {vocab_size} in its meta.json: prepare it again")
 
 
@@ -355,52 +349,34 @@ def bigram_nll(train: Shards, rows: np.ndarray, vocab_size: int, most: int = 1 <
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# schedules: functions of the step, outside the compiled model
+# a step: schedules, which are functions of it outside the compiled model; devices; the update
 
 
-@dataclass
-class Schedule:
-    """The learning rate and the capacities of a step, in numbers of steps; saved in checkpoints."""
-
-    lr: float
-    kind: str
-    steps: int
-    warmup: int
-    cooldown: int
-    capacity_warmup: int
-
-    @classmethod
-    def of(cls, cfg: TrainConfig) -> "Schedule":
-        warmup, cooldown = (round(x if x >= 1 else x * cfg.steps) for x in (cfg.warmup, cfg.cooldown))
-        if cfg.schedule == "trapezoid" and warmup + cooldown > cfg.steps:
-            fail(f"a warm-up of {warmup} and a cool-down of {cooldown} steps do not fit into --steps {cfg.steps}")
-        return cls(cfg.lr, cfg.schedule, cfg.steps, warmup, cooldown, cfg.capacity_warmup)
-
-    def cooled(self, step: int, steps: int) -> "Schedule":
-        """This plateau left at `step` for a cool-down of `steps` steps."""
-        if self.kind != "trapezoid" or not self.warmup <= step <= self.steps - self.cooldown:
-            what = f"a {self.kind} of {self.steps} steps, {self.warmup} of warm-up, {self.cooldown} of cool-down"
-            fail(f"--cooldown-from: step {step} is not on a plateau ({what}): choose a checkpoint that is")
-        return replace(self, steps=step + steps, cooldown=steps)
-
-    def rate(self, step: int) -> float:
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if self.kind == "cosine":
-            done = (step - self.warmup) / max(1, self.steps - self.warmup)
-            return self.lr * (0.55 + 0.45 * math.cos(math.pi * done))
-        return self.lr * min(1.0, (self.steps - step) / max(1, self.cooldown))
-
-    def capacity(self, step: int, config: MoRConfig, device: torch.device) -> Tensor | None:
-        """Capacities [N] of this step while they warm up; None, and the graph with fixed slots, from then on."""
-        if step >= self.capacity_warmup:
-            return None
-        extra = 0.5 + 0.5 * math.cos(math.pi * step / self.capacity_warmup)
-        return torch.tensor([c + (1 - c) * extra for c in config.capacities], device=device)
+def rate(cfg: TrainConfig, step: int) -> float:
+    """Learning rate."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    if cfg.schedule == "cosine":
+        done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+    return cfg.lr * min(1.0, (cfg.steps - step) / max(1, cfg.cooldown))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model on its devices
+def capacity(cfg: TrainConfig, step: int, config: MoRConfig, device: torch.device) -> Tensor | None:
+    """Capacities [N] of this step while they warm up; None, and the graph with fixed slots, from then on."""
+    if step >= cfg.capacity_warmup:
+        return None
+    extra = 0.5 + 0.5 * math.cos(math.pi * step / cfg.capacity_warmup)
+    return torch.tensor([c + (1 - c) * extra for c in config.capacities], device=device)
+
+
+def cooled(plateau: dict, step: int, steps: int) -> dict:
+    """The schedule (fields of SCHEDULE) that leaves this one at `step` for a cool-down of `steps` steps."""
+    before = plateau["steps"] - plateau["cooldown"]
+    if plateau["schedule"] != "trapezoid" or not plateau["warmup"] <= step <= before:
+        what = "a {schedule} of {steps} steps, {warmup} of warm-up, {cooldown} of cool-down".format(**plateau)
+        fail(f"--cooldown-from: step {step} is not on a plateau ({what}): choose a checkpoint that is")
+    return plateau | dict(steps=step + steps, cooldown=steps)
 
 
 def parallelise(model: MoR, cfg: TrainConfig, world: World) -> torch.nn.Module:
@@ -442,8 +418,7 @@ def make_optimizer(model: MoR, cfg: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a step
+PROGRESS = dict(step=0, sequences=0, best_loss=math.inf, best_step=-1, skipped=0)
 
 
 @dataclass
@@ -455,35 +430,43 @@ class Run:
     world: World
     meta: dict
     blocks: Blocks
-    schedule: Schedule
     model: MoR
     wrapped: torch.nn.Module
     optimizer: torch.optim.AdamW
     peak: float  # FLOP/s of matrix products over all processes
     bad: Tensor  # non-finite: [in a row, skipped updates, times each of TERMS was the reason]
-    progress: dict = field(
-        default_factory=lambda: dict(step=0, sequences=0, best_loss=math.inf, best_step=-1, skipped=0)
-    )
+    progress: dict = field(default_factory=PROGRESS.copy)
+    sinks: list = field(default_factory=list)  # of the chief, besides metrics.jsonl: (log(numbers, step), close())
+    loading: float = 0.0  # seconds that this process spent on reading batches since the last log line
 
     @property
     def out(self) -> Path:
         return Path(self.cfg.out)
 
-    def saved_config(self) -> dict:
-        return dict(model=self.config.asdict(), train=asdict(self.cfg), data=self.meta)
-
+    @property
     def eot(self) -> int | None:
         return self.meta["eot"] if self.cfg.doc_mask else None
+
+    def saved_config(self) -> dict:
+        return dict(model=self.config.asdict(), train=asdict(self.cfg), data=self.meta)
 
     def autocast(self):
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.cfg.dtype == "bf16" else nullcontext()
 
     def micro_batches(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """This process's part of the next global batch."""
+        start = time.perf_counter()
         share = self.cfg.batch_tokens // self.config.block_size // self.world.size
         size = next(n for n in range(min(share, self.cfg.micro_batch), 0, -1) if share % n == 0)
         first = self.progress["sequences"] + self.world.rank * share
-        return [to_device(rows, self.eot(), self.world.device) for rows in self.blocks.batches(first, share, size)]
+        batches = [to_device(rows, self.eot, self.world.device) for rows in self.blocks.batches(first, share, size)]
+        self.loading += time.perf_counter() - start
+        return batches
+
+    def forward(self, batch: tuple[Tensor, Tensor, Tensor | None], capacity: Tensor | None) -> Output:
+        idx, targets, segments = batch
+        with self.autocast():
+            return self.wrapped(idx, targets, segments=segments, capacity=capacity)
 
 
 def train_step(run: Run) -> Tensor:
@@ -495,18 +478,18 @@ def train_step(run: Run) -> Tensor:
     batches = run.micro_batches()
     valid = [(targets != -100).sum() for _, targets, _ in batches]
     total = world.sum(torch.stack(valid).sum())
-    capacity = run.schedule.capacity(step, run.config, world.device)
+    capacities = capacity(cfg, step, run.config, world.device)
     stats = torch.zeros(2 + len(TERMS), device=world.device)
-    counts = torch.zeros(run.config.n_recursion, device=world.device)
-    for i, (idx, targets, segments) in enumerate(batches):
+    depths = torch.arange(1, run.config.n_recursion + 1, device=world.device)
+    counts = torch.zeros(len(depths), device=world.device)
+    for i, batch in enumerate(batches):
         sync_gradients(run.wrapped, last=i == len(batches) - 1)
-        with run.autocast():
-            out = run.wrapped(idx, targets, segments=segments, capacity=capacity)
+        out = run.forward(batch, capacities)
         share = valid[i] / total  # of the global batch: losses add up to the mean over all its valid tokens
         (out.loss * (share * world.size)).backward()  # times size, as DDP and FSDP average over processes
         terms = [out.losses.get(name, stats.new_zeros(())) for name in TERMS]
         stats += torch.stack([out.loss.detach(), *terms, out.depth.float().mean()]) * share
-        counts += torch.stack([(out.depth == d + 1).sum() for d in range(run.config.n_recursion)])
+        counts += (out.depth[..., None] == depths).sum((0, 1))
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     skip = (~norm.isfinite()).float()
@@ -514,7 +497,7 @@ def train_step(run: Run) -> Tensor:
     run.bad[1:] += torch.cat([skip[None], (~stats[1 : 1 + len(TERMS)].isfinite()).float()])
     run.optimizer.found_inf = skip
     for group in run.optimizer.param_groups:
-        group["lr"] = run.schedule.rate(step)
+        group["lr"] = rate(cfg, step)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.config.router == "token" and run.config.balance == "bias":
@@ -526,15 +509,12 @@ def train_step(run: Run) -> Tensor:
 
 def warm_up(run: Run) -> None:
     """Compiles before the first step, so that a recompile after it is a bug, and raises."""
-    idx, targets, segments = run.micro_batches()[0]
-    capacity = run.schedule.capacity(run.progress["step"], run.config, run.world.device)
-    for name, cap in (("capacity warm-up", capacity), ("training", None)):
-        if name == "training" or cap is not None:
+    batch, first = run.micro_batches()[0], capacity(run.cfg, run.progress["step"], run.config, run.world.device)
+    sync_gradients(run.wrapped, last=True)
+    for name, capacities in (("capacity warm-up", first), ("training", None)):
+        if name == "training" or capacities is not None:
             start = time.perf_counter()
-            sync_gradients(run.wrapped, last=True)
-            with run.autocast():
-                out = run.wrapped(idx, targets, segments=segments, capacity=cap)
-            (out.loss * 0).backward()
+            (run.forward(batch, capacities).loss * 0).backward()
             run.optimizer.zero_grad(set_to_none=True)
             run.world.say(f"compiled the {name} graph in {time.perf_counter() - start:.1f} s")
     torch._dynamo.config.error_on_recompile = True
@@ -547,35 +527,32 @@ def warm_up(run: Run) -> None:
 def evaluate(run: Run, rows: np.ndarray) -> dict:
     """The evaluation blocks [E, T+1], divided over the processes and gathered -> NLL (nats per token) with causal and
     with top-k routing, and the health of the router. Eager: two more graphs cost more than they save."""
-    world, config = run.world, run.config
+    world, config, expert = run.world, run.config, run.config.router == "expert"
+    routings = ["causal"] * (not expert or config.causality != "none") + ["topk"] * expert
     part = -(-len(rows) // world.size)  # the last one wraps round: every process must make the same calls
-    mine = rows[np.arange(world.rank * part, (world.rank + 1) * part) % len(rows)]
-    expert, causal = config.router == "expert", config.router != "expert" or config.causality != "none"
+    mine = rows.take(range(world.rank * part, (world.rank + 1) * part), axis=0, mode="wrap")
     run.model.eval()
     with torch.compiler.set_stance("force_eager"), run.autocast():
-        passes = {
-            routing: measure(run.model, mine, routing, run.eot())
-            for routing, defined in (("causal", causal), ("topk", expert))
-            if defined
-        }
+        measured = [measure(run.model, mine, routing, run.eot) for routing in routings]
     run.model.train()
-    parts, metrics = [passes] * world.size, {}
+    everyone, passes, metrics = [measured] * world.size, [], {}
     if world.size > 1:
-        dist.all_gather_object(parts, passes)
-    for routing in passes:
-        fields = zip(*(part[routing] for part in parts), strict=True)
-        m = passes[routing] = Measured(*(None if x[0] is None else np.concatenate(x)[: len(rows)] for x in fields))
-        name = "val_loss" if routing == "causal" else "val_topk"
-        metrics[name] = m.nll.mean(dtype=float)
+        dist.all_gather_object(everyone, measured)
+    for routing, *parts in zip(routings, *everyone, strict=True):
+        columns = zip(*parts, strict=True)
+        m = Measured(*(None if x[0] is None else np.concatenate(x)[: len(rows)] for x in columns))
+        passes.append(m)
+        loss, selected = ("val_loss", "selected") if routing == "causal" else ("val_topk", "selected_topk")
+        metrics[loss] = m.nll.mean(dtype=float)
         if run.meta["val_bytes"]:  # unknown for shards without meta.json
-            metrics[name + "_bpb"] = metrics[name] / math.log(2) * run.meta["val_tokens"] / run.meta["val_bytes"]
+            metrics[loss + "_bpb"] = metrics[loss] / math.log(2) * run.meta["val_tokens"] / run.meta["val_bytes"]
         if config.router != "none":
-            metrics["selected" if routing == "causal" else "selected_topk"] = fractions(m.depth, config.n_recursion)
+            metrics[selected] = fractions(m.depth, config.n_recursion)
     if config.router != "none":
-        taken, trained = (router_metrics(run.model, m) for m in (list(passes.values())[0], list(passes.values())[-1]))
-        metrics |= dict(depth=sum(metrics.get("selected") or metrics["selected_topk"]), maxvio=taken["max_vio"])
+        taken, trained = router_metrics(config, passes[0]), router_metrics(config, passes[-1])
+        metrics |= dict(depth=passes[0].depth.mean(), maxvio=taken["max_vio"])
         metrics |= dict(entropy=trained["entropy"], dead=trained["dead_token_ratio"])
-        if expert:
+        if "sampling_accuracy" in trained:  # some recursion has a choice
             metrics["agreement"] = list(trained["sampling_accuracy_by_recursion"].values())
     return rounded(metrics)
 
@@ -605,26 +582,24 @@ GATHER = gathered.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on
 
 def save(run: Run) -> None:
     run.progress["skipped"] = int(run.bad[1])
-    state = dict(
-        model=gathered.get_model_state_dict(run.model, options=GATHER),
-        optimizer=gathered.get_optimizer_state_dict(run.model, run.optimizer, options=GATHER),
-        config=run.saved_config(),
-        schedule=asdict(run.schedule),
-        rng=torch.get_rng_state(),
-        **run.progress,
-    )
-    run.world.chief_does(write_checkpoint, run, state)
+    model = gathered.get_model_state_dict(run.model, options=GATHER)
+    optimizer = gathered.get_optimizer_state_dict(run.model, run.optimizer, options=GATHER)
+    state = dict(model=model, optimizer=optimizer, config=run.saved_config(), rng=torch.get_rng_state())
+    run.world.chief_does(write_checkpoint, run, state | run.progress)
 
 
 def write_checkpoint(run: Run, state: dict) -> None:
     """Writes ckpt_STEP.pt so that at every moment either the whole file exists or none of it; then prunes."""
+    step = state["step"]
     try:
-        write_atomically(run.out / f"ckpt_{state['step']:06d}.pt", lambda f: write_state(f, state))
-        for path in checkpoints(run.out)[: -run.cfg.keep]:
+        with written_at_once(run.out / f"ckpt_{step:06d}.pt") as f:
+            write_state(f, state)
+        # A file of a later step is one that the run could not continue from: it must not displace a good one.
+        for path in [p for p in checkpoints(run.out) if step_of(p) <= step][: -run.cfg.keep]:
             if step_of(path) != state["best_step"]:
                 path.unlink()
     except (OSError, RuntimeError) as e:
-        fail(f"cannot save the checkpoint of step {state['step']} in {run.out}: {e}; earlier checkpoints are intact")
+        fail(f"cannot save the checkpoint of step {step} in {run.out}: {e}; earlier checkpoints are intact")
 
 
 def write_state(f, state: dict) -> None:
@@ -635,44 +610,50 @@ def write_state(f, state: dict) -> None:
     f.write(hashlib.sha256(np.memmap(f.name, np.uint8, "r")).digest())
 
 
-def write_atomically(path: Path, write) -> None:
+@contextmanager
+def written_at_once(path: Path):
+    """A binary file to write, which takes the place of `path` once all of it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
-            write(f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)  # the rename itself must survive a power cut
-        os.close(directory)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the rename itself must survive a power cut
+    os.close(directory)
+
+
+def step_of(path: Path) -> int:
+    """-1 for a file that this program did not name."""
+    return int(path.stem[5:]) if re.fullmatch(r"ckpt_\d+", path.stem) else -1
 
 
 def checkpoints(out: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(out.glob("ckpt_*.pt"), key=step_of)
+    return sorted((path for path in out.glob("ckpt_*.pt") if step_of(path) >= 0), key=step_of)
 
 
-def step_of(path: Path) -> int:
-    digits = path.stem.removeprefix("ckpt_")
-    return int(digits) if digits.isdigit() else -1
+def inside(path: str | Path, out: str | Path) -> bool:
+    return Path(path).resolve().parent == Path(out).resolve()
 
 
 def find_checkpoint(cfg: TrainConfig, tensors: dict) -> tuple[Path, dict] | None:
     """What to continue from: the newest good checkpoint in --out, --resume's, or where --cooldown-from starts -> its
     path and what every process must know of it; weights and optimizer go to `tensors`, as only the chief needs them."""
-    paths, named = checkpoints(Path(cfg.out)), cfg.resume
-    if cfg.cooldown_from and Path(cfg.cooldown_from).resolve().parent == Path(cfg.out).resolve():
+    paths, named = checkpoints(Path(cfg.out)), cfg.cooldown_from if cfg.resume == "auto" else cfg.resume
+    if cfg.cooldown_from and inside(cfg.cooldown_from, cfg.out):
         fail(f"--cooldown-from {cfg.cooldown_from} is in --out {cfg.out}: give the cool-down an --out of its own")
-    if named == "auto":
-        named = "" if paths else cfg.cooldown_from
+    if paths and (cfg.resume == "auto" or step_of(Path(named)) < step_of(paths[-1])):
+        if named and inside(named, cfg.out):
+            later = f"{cfg.out} holds the later {paths[-1].name}"
+            fail(f"--resume {named}: {later}: choose another --out, or remove that file")
+        named = ""  # the run that started there has come further: this is the same command once more
     if named and not Path(named).is_file():
         fail(f"checkpoint {named} does not exist")
-    if named and paths and step_of(Path(named)) < step_of(paths[-1]):
-        fail(f"--resume {named}: {cfg.out} holds the later {paths[-1].name}: choose another --out, or remove that file")
     for path in [Path(named)] if named else paths[::-1]:
         try:
             checkpoint = read_checkpoint(path)
@@ -691,71 +672,77 @@ def find_checkpoint(cfg: TrainConfig, tensors: dict) -> tuple[Path, dict] | None
 
 def resume(run: Run, path: Path, saved: dict, tensors: dict) -> None:
     """Puts the run where the checkpoint was, whatever processes wrote it. Says precisely what will not be as it was."""
-    notes, run.schedule = run.world.chief_does(check_same_run, run, path, saved)
+    notes, schedule = run.world.chief_does(check_same_run, run, path, saved)
+    run.cfg = replace(run.cfg, **schedule)
     options = replace(GATHER, cpu_offload=False, broadcast_from_rank0=dist.is_initialized())
+    decays = [group["weight_decay"] for group in run.optimizer.param_groups]
     gathered.set_model_state_dict(run.model, tensors.get("model", {}), options=options)
     gathered.set_optimizer_state_dict(run.model, run.optimizer, tensors.get("optimizer", {}), options=options)
+    for group, decay in zip(run.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay  # the flag's, not the checkpoint's
     run.progress = {k: saved[k] for k in run.progress}
     run.bad[1] = run.progress["skipped"]
     torch.set_rng_state(saved["rng"])
-    if run.cfg.cooldown_from and path.parent != run.out:
+    if run.cfg.cooldown_from and not inside(path, run.out):
         run.progress.update(best_loss=math.inf, best_step=-1)
     run.world.say(f"continuing from {path}" + (f"; changed since: {', '.join(notes)}" if notes else ""))
 
 
-def check_same_run(run: Run, path: Path, saved: dict) -> tuple[list[str], Schedule]:
+def check_same_run(run: Run, path: Path, saved: dict) -> tuple[list[str], dict]:
     """Refuses another model or tokenizer, and a step that the schedule does not have -> (what else differs between this
-    command and the checkpoint's, in words; the schedule from here)."""
+    command and the checkpoint's, in words; the fields of SCHEDULE, where they are not this command's)."""
     now, then = (json.loads(json.dumps(c)) for c in (run.saved_config(), saved["config"]))  # tuples become lists
-    differ = {part: [k for k in now[part] if now[part][k] != then[part].get(k)] for part in ("model", "train", "data")}
-    model = [f"{k} {then['model'].get(k)} there, {now['model'][k]} here" for k in differ["model"]]
+    there = then["model"]
+    model = [f"{k} {there.get(k)} there, {v} here" for k, v in now["model"].items() if v != there.get(k)]
     if model:
         fail(f"{path} is another model ({', '.join(model)}): repeat its flags, or choose another --out")
     theirs, ours = ((c["data"]["tokenizer"], c["data"]["vocab_size"]) for c in (then, now))
     if theirs != ours:
         fail(f"{path} was trained with tokenizer {theirs}, {run.cfg.data} has {ours}: use data of the same one")
-    harmless = "out resume cooldown_from data device dtype compile log_every keep tensorboard wandb".split()
-    notes = [f"{k} {then['train'].get(k)} -> {now['train'][k]}" for k in differ["train"] if k not in harmless]
-    notes += ["data (its blocks come in another order from here)"] * bool(differ["data"])
-    there, step, steps = Schedule(**saved["schedule"]), saved["step"], run.schedule.steps
+    schedule = {}
     if run.cfg.cooldown_from:  # from another run's plateau, or a cool-down that was interrupted
-        return notes, there if path.parent == run.out else there.cooled(step, run.cfg.steps)
-    if step > steps:
-        fail(f"{path} has done {step} steps already, more than --steps {steps}")
-    return notes, run.schedule
+        schedule = {k: then["train"][k] for k in SCHEDULE}
+        schedule = schedule if inside(path, run.out) else cooled(schedule, saved["step"], run.cfg.steps)
+    elif saved["step"] > run.cfg.steps:
+        fail(f"{path} has done {saved['step']} steps already, more than --steps {run.cfg.steps}")
+    harmless = "out resume cooldown_from data device dtype compile log_every keep tensorboard wandb".split()
+    changed = {k: v for k, v in (now["train"] | schedule).items() if v != then["train"].get(k) and k not in harmless}
+    notes = [f"{k} {then['train'].get(k)} -> {v}" for k, v in changed.items()]
+    notes += ["data (its blocks come in another order from here)"] * (now["data"] != then["data"])
+    return notes, schedule
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is told: log, metrics.jsonl, picture
 
 
-def start_run_directory(run: Run) -> None:
-    """config.json, and metrics.jsonl without what was logged after the checkpoint that the run continues from."""
+def start_run_directory(run: Run) -> int:
+    """config.json, and metrics.jsonl without what was logged after the checkpoint that the run continues from -> the
+    step of the last evaluation in it."""
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         for leftover in run.out.glob("*.tmp"):
             leftover.unlink()
-        text = json.dumps(run.saved_config(), indent=1)
-        write_atomically(run.out / "config.json", lambda f: f.write(text.encode()))
+        with written_at_once(run.out / "config.json") as f:
+            f.write(json.dumps(run.saved_config(), indent=1).encode())
         ranks = Path(run.cfg.data, run.meta["tokenizer"])
         if ranks.suffix == ".tiktoken" and ranks.exists():  # so that the run can be sampled wherever it is moved
             shutil.copyfile(ranks, run.out / ranks.name)
         rows = [row for row in read_metrics(run.out) if row["step"] <= run.progress["step"] and run.progress["step"]]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(run.out / "metrics.jsonl", lambda f: f.write(text.encode()))
+        with written_at_once(run.out / "metrics.jsonl") as f:
+            f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     except OSError as e:
         fail(f"cannot write to --out {run.out}: {e.strerror}")
+    return max((row["step"] for row in rows if "loss" not in row), default=0)
 
 
-def open_sinks(cfg: TrainConfig) -> list:
-    """The optional ones: (log(numbers, step), close()) each."""
+def open_sinks(cfg: TrainConfig) -> list[tuple[Callable, Callable]]:
     sinks = []
     if cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(cfg.out)
-        log = lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]  # noqa: E731
-        sinks.append((log, writer.close))
+        sinks.append((lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()], writer.close))
     if cfg.wandb:
         import wandb
 
@@ -764,7 +751,7 @@ def open_sinks(cfg: TrainConfig) -> list:
     return sinks
 
 
-def record(run: Run, row: dict, sinks: list) -> None:
+def record(run: Run, row: dict) -> None:
     """One line of metrics.jsonl, and the same to the optional sinks."""
     row = dict(step=run.progress["step"]) | row
     try:
@@ -772,39 +759,36 @@ def record(run: Run, row: dict, sinks: list) -> None:
             f.write(json.dumps(row) + "\n")
     except OSError as e:
         fail(f"cannot write {run.out / 'metrics.jsonl'}: {e.strerror}; checkpoints are intact")
-    for log, _ in sinks:
+    for log, _ in run.sinks:
         log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
 
 
 def read_metrics(out: Path) -> list[dict]:
     """Rows of metrics.jsonl; a line torn by a kill is left out."""
-    rows = []
-    if (out / "metrics.jsonl").exists():
-        for line in (out / "metrics.jsonl").read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+    rows, path = [], out / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
     return rows
 
 
-def log_step(run: Run, stats: Tensor, seconds: float, steps: int, sinks: list) -> None:
-    """The one place of the loop that waits for the device: what `steps` steps in `seconds` came to."""
-    cfg, world, step, last = run.cfg, run.world, run.progress["step"], run.schedule.steps
-    loss, lm, *others, depth = world.sum(stats[:-1].clone()).tolist()
+def log_step(run: Run, stats: Tensor, seconds: float, steps: int) -> None:
+    """What `steps` steps in `seconds` came to; `stats`: train_step's, of the last of them, on the CPU."""
+    cfg, world, step, last = run.cfg, run.world, run.progress["step"], run.cfg.steps
+    loading = torch.tensor([run.loading / seconds / world.size])  # a bound on the waiting: a GPU computes meanwhile
+    loss, lm, *others, depth, loading = world.sum(torch.cat([stats[:-1], loading])).tolist()
     row = dict(loss=loss, lm=lm) | {k: v for k, v in zip(TERMS[1:], others, strict=True) if v != 0}
     row |= dict(depth=depth, norm=float(stats[-1]), lr=run.optimizer.param_groups[0]["lr"])
-    shown = "  ".join(f"{k} {v:.2e}" if k == "lr" else f"{k} {v:.4g}" for k, v in row.items())
-    rate, skipped = steps * cfg.batch_tokens / seconds, int(run.bad[1])
+    shown, rate, skipped = describe(row), steps * cfg.batch_tokens / seconds, int(run.bad[1])
     flops = 3 * run.model.flops_per_token(run.config.block_size, head=True) * rate  # backward is twice the forward
-    row |= dict(tokens_per_second=rate, flops_per_second=flops, of_peak=flops / run.peak, skipped=skipped)
-    row |= dict(peak_memory=peak_memory(world.device))
+    row |= dict(tokens_per_second=rate, flops_per_second=flops, of_peak=flops / run.peak, loading=loading)
+    row |= dict(skipped=skipped, peak_memory=peak_memory(world.device))
     minutes, left = divmod(int((last - step) * seconds / steps), 60)
     world.say(
         f"step {step:>5}/{last}  {shown}  {rate:,.0f} tok/s  {flops / 1e12:.3f} TFLOP/s {flops / run.peak:.0%} of peak"
         f"  eta {minutes}:{left:02d}" + f"  skipped {skipped}" * bool(skipped)
     )
-    world.chief_does(record, run, row, sinks)
+    world.chief_does(record, run, row)
     if run.bad[0] >= cfg.max_skipped:
         counts = zip(TERMS, world.sum(run.bad[2:].clone()).tolist(), strict=True)
         blame = ", ".join(f"{k} {int(n)} times" for k, n in counts if n) or "the gradient, no loss"
@@ -813,8 +797,8 @@ def log_step(run: Run, stats: Tensor, seconds: float, steps: int, sinks: list) -
         world.chief_does(fail, f"{what}; the last good checkpoint: {good}; lower --lr or raise --warmup")
 
 
-def describe(metrics: dict) -> str:
-    parts = {k: "/".join(f"{x:.3f}" for x in v) if isinstance(v, list) else f"{v:.4f}" for k, v in metrics.items()}
+def describe(row: dict) -> str:
+    parts = {k: "/".join(f"{x:.3f}" for x in v) if isinstance(v, list) else f"{v:.4g}" for k, v in row.items()}
     return "  ".join(f"{k} {v}" for k, v in parts.items())
 
 
@@ -825,29 +809,27 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def describe_model(run: Run) -> str:
+    c, start = run.config, Path(run.cfg.init_from).name or run.cfg.preset
+    layers = f"1+{c.n_block}x{c.n_recursion}+1" if c.n_unshared else f"{c.n_block}x{c.n_recursion}"
+    return f"{start}, {c.router} router, {layers} layers, {run.model.num_params() / 1e6:.2f}M + embedding"
+
+
 def plot(run: Run, bigram: float) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot as plt
 
     _, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    styles = {"lm": ("training", "-"), "val_loss": ("validation", "o-"), "val_topk": ("validation, top-k", "x--")}
-    for key, (label, style) in styles.items():
+    for key, label, style in (("lm", "training", "-"), ("val_loss", "validation", "o-"), ("val_topk", "top-k", "x--")):
         points = [(row["step"], row[key]) for row in read_metrics(run.out) if key in row]
-        if points:
-            ax.plot(*zip(*points, strict=True), style, label=label)
+        ax.plot(*np.array(points).reshape(-1, 2).T, style, label=label if points else None)
     ax.axhline(bigram, color="gray", ls=":", label="bigram model")
     ax.set(xlabel="step", ylabel="nats per token", title=f"{run.out.name}: {describe_model(run)}")
     ax.legend()
     plt.savefig(run.out / "loss.png", dpi=120)
     plt.close()
-
-
-def describe_model(run: Run) -> str:
-    c, start = run.config, Path(run.cfg.init_from).name or run.cfg.preset
-    layers = f"1+{c.n_block}x{c.n_recursion}+1" if c.n_unshared else f"{c.n_block}x{c.n_recursion}"
-    return f"{start}, {c.router} router, {layers} layers, {run.model.num_params() / 1e6:.2f}M + embedding"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -871,22 +853,22 @@ class StopRequest:
             os._exit(130)
 
 
-def train(run: Run, rows: np.ndarray, sinks: list, stop: StopRequest) -> dict | None:
+def train(run: Run, rows: np.ndarray, evaluated: int, stop: StopRequest) -> dict | None:
     """Steps, evaluations, checkpoints -> metrics of the last evaluation; None if asked to stop before. Goes round once
     more than there are steps, so that the last weights are evaluated and saved as well."""
     cfg, world, progress = run.cfg, run.world, run.progress
-    first, last, save_every = progress["step"], run.schedule.steps, cfg.save_every or cfg.eval_every
-    mark, marked, metrics = time.perf_counter(), first, None
+    first, last, save_every = progress["step"], cfg.steps, cfg.save_every or cfg.eval_every
     while True:
         step, stopping = progress["step"], world.agree(stop.since is not None)
-        done, fresh = step == last, step > first  # not fresh: evaluated and saved before the restart
+        done, fresh, due = step == last, step > first, step > evaluated and step % cfg.eval_every == 0
         saving = fresh and (done or stopping or step % save_every == 0)
-        if done or (fresh and step % cfg.eval_every == 0 and not stopping):
+        evaluating = done or (due and not stopping)
+        if evaluating:
             metrics = evaluate(run, rows)
-            if fresh:
-                world.chief_does(record, run, metrics, sinks)
+            if step > evaluated:
+                world.chief_does(record, run, metrics)
             loss = metrics.get("val_loss", metrics.get("val_topk"))
-            if saving and loss < progress["best_loss"]:
+            if (saving or not fresh) and loss < progress["best_loss"]:
                 progress.update(best_loss=loss, best_step=step)
             world.say(f"step {step:>5}  evaluation: {describe(metrics)}")
             for warning in router_warnings(metrics, run.config) if step >= last // 2 else []:
@@ -897,26 +879,24 @@ def train(run: Run, rows: np.ndarray, sinks: list, stop: StopRequest) -> dict | 
             return metrics
         if stopping:
             return world.say(f"stopped after step {step}; the same command continues from {run.out}")
-        if not fresh or saving or step % cfg.eval_every == 0:
-            mark, marked = time.perf_counter(), step  # evaluating and saving are not training speed
+        if not fresh or saving or evaluating:
+            mark, marked, run.loading = time.perf_counter(), step, 0.0  # evaluating and saving are not training speed
         stats = train_step(run)
         if (step + 1) % cfg.log_every == 0 or step + 1 == last:
-            stats, now = stats.cpu(), time.perf_counter()
-            log_step(run, stats, now - mark, step + 1 - marked, sinks)
-            mark, marked = now, step + 1
+            stats = stats.cpu()  # the one place of the loop that waits for the device
+            log_step(run, stats, time.perf_counter() - mark, step + 1 - marked)
+            mark, marked, run.loading = time.perf_counter(), step + 1, 0.0
 
 
 def main(argv: list[str] | None = None) -> None:
-    stderr = sys.stderr
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        sys.stderr = open(os.devnull, "w")  # every process finds the same mistakes: one line per node is enough
-    cfg, given = read_flags(argv)
-    meta, schedule = load_meta(cfg.data), Schedule.of(cfg)
-    config, weights = initial_model(cfg, given, meta)
-    train_shards, val_shards = open_data(cfg, meta, config)
-    world = join_world(cfg)
-    check_ids(cfg, (train_shards, val_shards), meta["vocab_size"], world)
-    sys.stderr = stderr
+    # every process finds the same mistakes: one line per node is enough
+    with redirect_stderr(open(os.devnull, "w")) if os.environ.get("LOCAL_RANK", "0") != "0" else nullcontext():
+        cfg, given = read_flags(argv)
+        meta = load_meta(cfg.data)
+        config, weights = initial_model(cfg, given, meta)
+        train_shards, val_shards = open_data(cfg, meta, config)
+        world = join_world(cfg)
+        check_ids(cfg, (train_shards, val_shards), meta["vocab_size"], world)
 
     tensors = {}
     path, saved = world.chief_does(find_checkpoint, cfg, tensors) or (None, None)
@@ -933,26 +913,26 @@ def main(argv: list[str] | None = None) -> None:
     model.to(world.device).checkpoint_recursions = cfg.checkpoint_recursions
     wrapped, optimizer = parallelise(model, cfg, world), make_optimizer(model, cfg)
     blocks, bad = Blocks(train_shards, config.block_size, cfg.seed), torch.zeros(2 + len(TERMS), device=world.device)
-    run = Run(cfg, config, world, meta, blocks, schedule, model, wrapped, optimizer, peak, bad)
+    run = Run(cfg, config, world, meta, blocks, model, wrapped, optimizer, peak, bad)
     where = f"{world.size} x {world.device.type}, {cfg.dtype}, peak {peak / 1e12:.2f} TFLOP/s"
     world.say(f"{describe_model(run)} on {where}")
     if saved:
         resume(run, path, saved, tensors)
     del weights, tensors
-    world.chief_does(start_run_directory, run)
-    sinks = open_sinks(cfg) if world.chief else []
+    evaluated = world.chief_does(start_run_directory, run)
+    run.sinks = open_sinks(cfg) if world.rank == 0 else []
     stop = StopRequest()
     if cfg.compile:
         warm_up(run)
     rows = val_shards.blocks(config.block_size, cfg.eval_tokens)
-    metrics = train(run, rows, sinks, stop)
-    for _, close in sinks:
+    metrics = train(run, rows, evaluated, stop)
+    for _, close in run.sinks:
         close()
-    if metrics and world.chief:
+    if metrics and world.rank == 0:
         bigram = bigram_nll(train_shards, rows, meta["vocab_size"])
         plot(run, bigram)
-        losses = {"causal": "val_loss", "top-k": "val_topk"}
-        nll = "  ".join(f"{name} {metrics[key]:.4f}" for name, key in losses.items() if key in metrics)
+        kinds = (("causal", "val_loss"), ("top-k", "val_topk"))
+        nll = "  ".join(f"{name} {metrics[key]:.4f}" for name, key in kinds if key in metrics)
         print(f"validation, nats per token:  {nll}  (a bigram model of the same tokens: {bigram:.4f})")
         print(f"peak memory {peak_memory(world.device) / 2**20:,.0f} MiB; everything is in {run.out}", flush=True)
 
@@ -963,6 +943,9 @@ if __name__ == "__main__":
         main()
     except SystemExit as stop:
         code = stop.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
     if dist.is_initialized():
         # Without destructors: gloo's joins a thread that may be waiting for the GIL, which its caller holds.
         sys.stdout.flush()

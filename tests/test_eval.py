@@ -160,6 +160,13 @@ def test_a_model_without_causal_routing_reports_topk_only(data, tmp_path, capsys
     assert "topk" in report and "causal" not in report and "gap" not in report and report["scaling"] == []
 
 
+def test_a_router_without_a_choice(data, tmp_path, capsys):
+    make_run(data, tmp_path / "run", n_recursion=3, router="expert", capacity=(1.0, 1.0, 1.0))
+    report = evaluate(tmp_path / "run", "--tokens", 96, capsys=capsys)
+    assert report["causal"]["mean_depth"] == 3 and "sampling_accuracy" not in report["router"]
+    assert not (tmp_path / "run/eval/router_scores.png").exists()
+
+
 def test_shards_of_llmc_without_meta(tmp_path, capsys, monkeypatch):
     """val_bytes is unknown: bits/byte comes from the tokens; the vocabulary is padded beyond the tokenizer's."""
     tokens = [bytes([b]) for b in range(256)] + [b"\xff%d" % i for i in range(50000)]
@@ -227,6 +234,14 @@ def test_greedy_continuation_is_recognised_and_generated(data):
     assert found[0] == text and len(enc.encode_ordinary(found[1])) <= 12
     stop = text[2]
     assert scorer.generate_until([request(prompt, options | dict(until=[stop]))])[0] == text.split(stop)[0]
+    # more tokens than the context holds: the prompt stays, generation ends where the context does
+    assert scorer.generate_until([request(prompt, options | dict(max_gen_toks=999))])[0].startswith(text[:3])
+
+
+def test_a_continuation_that_disappears_into_the_context_is_scored(data):
+    scorer = evaluation.Scorer(make_model(tiny(vocab_size=260)).eval(), prepare.load_tokenizer(data))
+    context, continuation = scorer.encode_pair("t", "h")  # "th" is one token, as "t" is
+    assert len(context) == 1 and continuation == [ord("h")]
 
 
 def test_rolling_predicts_every_token_once_with_the_longest_context(data):
@@ -364,7 +379,8 @@ def test_export_and_back(kind, data, tmp_path, capsys):
         tokenizer, text = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), texts(1)[0]
         assert tokenizer.encode(text) == prepare.load_tokenizer(data).encode_ordinary(text)
         assert tokenizer.eos_token_id == 259 and tokenizer.decode(tokenizer.encode(text)) == text
-    assert "exists" in one_line(capsys, "export", tmp_path / "run", tmp_path / "out")
+    for target in (tmp_path / "out", "."):
+        assert "exists" in one_line(capsys, "export", tmp_path / "run", target)
     report = evaluate(tmp_path / "out", "--data", data, "--tokens", 48, capsys=capsys)
     same = evaluate(tmp_path / "run", "--tokens", 48, capsys=capsys)
     assert report["causal"]["nll"] == pytest.approx(same["causal"]["nll"], abs=1e-5)

@@ -225,7 +225,7 @@ def test_all_kinds_of_files_hold_the_same_documents(corpus):
     ] + ["hf:a/b:c"]
     Path("set").mkdir()
     os.rename("corpus.jsonl", "set/train.jsonl")
-    assert list(prepare.hub_documents("./set", None, "text")) == texts  # a local directory stands in for the hub
+    assert list(prepare.read_documents(["hf:./set"], "text")) == texts  # a local directory stands in for the hub
 
 
 def test_long_text_is_cut_at_blank_lines(tmp_path):
@@ -345,6 +345,14 @@ def test_tokenizer_of_a_hugging_face_directory(corpus, kind, whole):
     prepare.check_tokenizer("hf", encoding)
 
 
+def test_rank_file_of_a_vocabulary_without_all_bytes(tmp_path):
+    ranks = {bytes([b]): i for i, b in enumerate(range(32, 127))}
+    lossy = prepare.make_encoding("ascii", ranks, prepare.GPT2_PATTERN, {EOT: 95})
+    prepare.write_ranks(tmp_path / "ascii.tiktoken", lossy)
+    again = load_tokenizer(tmp_path / "ascii.tiktoken")
+    assert prepare.same_tokenizer(again, lossy) and again.decode(again.encode_ordinary("na\u00efve\n")) == "nave"
+
+
 def test_tokenizers_that_tiktoken_cannot_express(corpus, capsys):
     hugging_face("hf", "gpt2")
     good = json.loads(Path("hf/tokenizer.json").read_text())
@@ -387,6 +395,12 @@ def test_named_tokenizers_offline(corpus, monkeypatch, capsys):
     meta = run("corpus.jsonl", "--out", "d", "--tokenizer", "gpt2", "--val-fraction", "0.3")
     assert meta["tokenizer"] == "gpt2" and load_tokenizer("d").n_vocab == 257  # by name: no copy in the directory
     assert not list(Path("d").glob("*.tiktoken"))
+    # OpenAI's own rank files are known by their hash, whatever their name, and bring their pattern and special tokens
+    digest = hashlib.sha256(byte_ranks("renamed.tiktoken", extra=9).read_bytes()).hexdigest()
+    monkeypatch.setitem(prepare.OPENAI_RANKS, digest, "cl100k_base")
+    encoding = load_tokenizer("renamed.tiktoken")
+    assert encoding.name == "cl100k_base" and encoding.eot_token == 100257 and encoding.encode_ordinary("a b") != []
+    assert sorted(os.listdir("cache")) == ["gpt2.tiktoken"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,6 +468,7 @@ def test_every_mistake_is_one_line(corpus, capsys, monkeypatch):
         "--out empty.txt: is a file": ["corpus.jsonl", "--out", "empty.txt", *bpe],
         "--out kept: exists and was not made": ["corpus.jsonl", "--out", "kept", "--overwrite", *bpe],
         "empty.txt": ["corpus.jsonl", "--out", "empty.txt/d", *bpe],
+        "--out .: holds the current directory": ["corpus.jsonl", "--out", ".", *bpe],
     }
     for message, args in cases.items():
         assert message in error(capsys, *args, *([] if "--out" in args else ["--out", "d"])), args
@@ -501,6 +516,10 @@ def test_existing_output(corpus, capsys):
     assert Path("d/train_000000.bin").read_bytes() == before  # a failure replaces nothing
     assert run("corpus.jsonl", "--out", "d", "--overwrite", *flags[:2], "--val-fraction", "0.5")["val_fraction"] == 0.5
     assert sorted(p.name for p in Path().iterdir() if p.is_dir()) == ["d"]
+    Path("d.old").mkdir()  # of the user
+    Path("d.old/notes").write_text("mine")
+    run("corpus.jsonl", "--out", "d", "--overwrite", *flags)
+    assert sorted(p.name for p in Path().iterdir() if p.is_dir()) == ["d", "d.old"] and Path("d.old/notes").exists()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])

@@ -132,6 +132,7 @@ VARIANTS = {
     "no causality": "--causality none",
     "shared kv": "--kv share --checkpoint-recursions --schedule cosine",
     "capacity": "--capacity 1,0.5,0.25 --doc-mask",
+    "no choice": "--capacity 1,1,1",
 }
 
 
@@ -141,6 +142,7 @@ def test_variants_train(data, tmp_path, name):
     rows = train.read_metrics(tmp_path)
     assert ("val_loss" in rows[-1]) == (name != "no causality")
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    assert all(0 < row["loading"] < 1 for row in rows if "loss" in row)
 
 
 def test_learns(data, tmp_path, capsys):
@@ -261,12 +263,12 @@ def test_bigram_against_counting(data):
 
 
 def test_schedules():
-    trapezoid = train.Schedule(1.0, "trapezoid", 100, 5, 20, 10)
-    assert [trapezoid.rate(s) for s in (0, 4, 5, 80, 90, 99)] == pytest.approx([0.2, 1, 1, 1, 0.5, 0.05])
-    cosine = train.Schedule(1.0, "cosine", 100, 0, 20, 0)
-    assert cosine.rate(0) == 1 and cosine.rate(50) == pytest.approx(0.55) and cosine.rate(100) == pytest.approx(0.1)
+    cfg = train.TrainConfig(lr=1.0, steps=100, warmup=5, cooldown=20, capacity_warmup=10)
+    assert [train.rate(cfg, s) for s in (0, 4, 5, 80, 90, 99)] == pytest.approx([0.2, 1, 1, 1, 0.5, 0.05])
+    cosine = train.TrainConfig(lr=1.0, steps=100, warmup=0, schedule="cosine")
+    assert [train.rate(cosine, s) for s in (0, 50, 100)] == pytest.approx([1, 0.55, 0.1])
     config = MoRConfig.preset("nano", n_recursion=3, router="expert")
-    capacities = [trapezoid.capacity(s, config, torch.device("cpu")) for s in (0, 5, 10)]
+    capacities = [train.capacity(cfg, s, config, torch.device("cpu")) for s in (0, 5, 10)]
     assert capacities[0].tolist() == [1, 1, 1] and capacities[2] is None
     assert capacities[1].tolist() == pytest.approx([1, 5 / 6, 2 / 3])
 
@@ -368,23 +370,25 @@ def straight(data, tmp_path_factory):
 
 def same_as(straight, out):
     assert losses(out) == losses(straight)
-    last = [torch.load(d / "ckpt_000012.pt", weights_only=True)["model"] for d in (straight, out)]
-    assert all(torch.equal(last[0][k], last[1][k]) for k in last[0])
+    one, two = (torch.load(d / "ckpt_000012.pt", weights_only=True) for d in (straight, out))
+    assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+    assert all(one[k] == two[k] for k in train.PROGRESS)
     rows = [[r for r in train.read_metrics(d) if "val_loss" in r] for d in (straight, out)]
     assert rows[0] == rows[1]
 
 
-def test_resume_is_exact(data, tmp_path, straight, monkeypatch, capsys):
+@pytest.mark.parametrize("last", [6, 8])
+def test_resume_is_exact(data, tmp_path, straight, monkeypatch, capsys, last):
     step = train.train_step
 
-    def stopping(run):  # Ctrl-C in the middle of step 6, which is not a step that saves
-        if run.progress["step"] == 5:
+    def stopping(run):  # Ctrl-C in the middle of a step: 6 is not to be saved or evaluated otherwise, 8 is
+        if run.progress["step"] == last - 1:
             signal.raise_signal(signal.SIGINT)
         return step(run)
 
     monkeypatch.setattr(train, "train_step", stopping)
     train.main(flags(data, tmp_path, "--steps", 12, "--eval-every", 4))
-    assert "stopped after step 6; the same command continues" in capsys.readouterr().out
+    assert f"stopped after step {last}; the same command continues" in capsys.readouterr().out
     monkeypatch.undo()
     train.main(flags(data, tmp_path, "--steps", 12, "--eval-every", 4))
     assert "continuing from" in capsys.readouterr().out
@@ -476,10 +480,17 @@ def test_finished_run_is_evaluated_again_and_changed_flags_are_named(data, tmp_p
     train.main(flags(data, straight, "--steps", 12, "--eval-every", 4))
     assert "validation, nats per token" in capsys.readouterr().out
     assert (straight / "ckpt_000012.pt").read_bytes() == before
-    train.main(flags(data, tmp_path, "--steps", 14, "--resume", straight / "ckpt_000012.pt", "--lr", "1e-4"))
+    start = straight / "ckpt_000012.pt"
+    changed = flags(data, tmp_path, "--steps", 14, "--resume", start, "--lr", "1e-4", "--weight-decay", "0.3")
+    train.main(changed)
     out = capsys.readouterr().out
-    assert "changed since:" in out and "steps 12 -> 14" in out and "lr 0.003 -> 0.0001" in out
+    assert f"continuing from {start}; changed since:" in out
+    assert "steps 12 -> 14" in out and "lr 0.003 -> 0.0001" in out and "weight_decay 0.1 -> 0.3" in out
     assert list(losses(tmp_path)) == [13, 14]
+    groups = torch.load(tmp_path / "ckpt_000014.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    train.main(changed)  # the same command once more: what it has done since counts
+    assert f"continuing from {tmp_path / 'ckpt_000014.pt'}\n" in capsys.readouterr().out
 
 
 def test_refuses_another_model_tokenizer_or_past(data, tmp_path, straight, capfd):
@@ -493,11 +504,14 @@ def test_refuses_another_model_tokenizer_or_past(data, tmp_path, straight, capfd
 
 def test_cooldown_from_a_plateau(data, tmp_path, capfd):
     """A plateau left at step 8 for a cool-down of 4 is the run of 12 steps with that cool-down, to the bit."""
-    common = ("--eval-every", 4, "--warmup", 2, "--keep", 9)
-    train.main(flags(data, tmp_path / "whole", "--steps", 12, "--cooldown", 4, *common))
-    train.main(flags(data, tmp_path / "plateau", "--steps", 16, "--cooldown", 0, *common))
+    common = ("--eval-every", 4, "--keep", 9)
+    plateau = ("--lr", 0.01, "--warmup", 5, *common)
+    train.main(flags(data, tmp_path / "whole", "--steps", 12, "--cooldown", 4, *plateau))
+    train.main(flags(data, tmp_path / "plateau", "--steps", 16, "--cooldown", 0, *plateau))
     start = tmp_path / "plateau" / "ckpt_000008.pt"
-    train.main(flags(data, tmp_path / "cool", "--steps", 4, "--cooldown-from", start, *common))
+    capfd.readouterr()
+    train.main(flags(data, tmp_path / "cool", "--steps", 4, "--cooldown-from", start, "--warmup", 5, *common))
+    assert "changed since: steps 16 -> 12, cooldown 0 -> 4\n" in capfd.readouterr().out  # the rate is the plateau's
     whole, cool = losses(tmp_path / "whole"), losses(tmp_path / "cool")
     assert cool == {s: whole[s] for s in (9, 10, 11, 12)}
     train.main(flags(data, tmp_path / "cool", "--steps", 4, "--cooldown-from", start, *common))  # resumes itself
@@ -597,6 +611,18 @@ def test_newest_and_best_are_kept(data, tmp_path, monkeypatch):
     train.main(flags(data, tmp_path, "--steps", 6, "--eval-every", 1))
     assert sorted(p.name for p in tmp_path.glob("ckpt_*")) == ["ckpt_000002.pt", "ckpt_000005.pt", "ckpt_000006.pt"]
     assert torch.load(tmp_path / "ckpt_000006.pt", weights_only=True)["best_step"] == 2
+
+
+def test_pruning_spares_what_is_not_its_own(tmp_path):
+    """A damaged file of a later step, which the run could not continue from, does not displace the newest good one."""
+    run = types.SimpleNamespace(out=tmp_path, cfg=types.SimpleNamespace(keep=1))
+    for name in ("ckpt_000020.pt", "ckpt_of_mine.pt"):
+        (tmp_path / name).write_bytes(b"damaged")
+    for step in (10, 11):
+        train.write_checkpoint(run, dict(step=step, best_step=-1))
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["ckpt_000011.pt", "ckpt_000020.pt", "ckpt_of_mine.pt"]
+    assert train.read_checkpoint(tmp_path / "ckpt_000011.pt")["step"] == 11
 
 
 def test_damage_is_found(straight, tmp_path):
