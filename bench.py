@@ -514,7 +514,7 @@ def balance(model: MoR) -> MoR:
     return model
 
 
-def attend_cache_by_sdpa(q: Tensor, k: Tensor, v: Tensor, length: Tensor, scattered: bool = False) -> Tensor:
+def attend_cache_by_sdpa(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
     """model.attend_cache as torch's own attention does it."""
     mask = torch.arange(k.size(1), device=q.device) < length[:, None]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -270,7 +270,7 @@ class Layer(nn.Module):
         else:  # recursive KV sharing: recursion 0 projected them once
             kv = view.shared[j]
         if view.length is not None:
-            y = attend_cache(q, *view.read(j), view.length, scattered=not isinstance(view.start, int))
+            y = attend_cache(q, *view.read(j), view.length)
         else:
             y = attend(q, *kv, view.mask)
         x = x + self.wo(y.reshape(B, K, H * E))
@@ -369,9 +369,8 @@ attend_on_cpu.register_autograd(
 )
 
 
-def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor, scattered: bool = False) -> Tensor:
-    """One query per row over the first length[b] slots: q [B, 1, H, E], k and v [B, C, G, E] -> [B, 1, H, E].
-    scattered: k and v are reads of the cache with an index of their own for each slot."""
+def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """One query per row over the first length[b] slots: q [B, 1, H, E], k and v [B, C, G, E] -> [B, 1, H, E]."""
     if use_flash(q):
         return flash_decode(q, k, v, length)
     (B, _, H, E), (C, G) = q.shape, k.shape[1:3]
@@ -382,11 +381,7 @@ def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor, scattered: boo
     # many queries. In eager mode nothing would fuse, and the products are E times the size of the scores.
     q = q.view(B, G, H // G, 1, E).float() * E**-0.5
     k, exact = (t.transpose(1, 2)[:, :, None].float() for t in (k, v))  # [B, G, 1, C, E]
-    if scattered:  # a loop over slots inside that over heads would look each slot's index up again: four times as long
-        score = (q.transpose(2, 3) * k.transpose(2, 3)).sum(-1).transpose(2, 3)
-    else:
-        score = (q * k).sum(-1)  # [B, G, H/G, C]
-    weight = score.masked_fill(empty[:, None, None], -math.inf).softmax(-1)
+    weight = (q * k).sum(-1).masked_fill(empty[:, None, None], -math.inf).softmax(-1)  # [B, G, H/G, C]
     return (weight[..., None] * exact).sum(3).to(v.dtype).view(B, 1, H, E)
 
 
@@ -589,13 +584,15 @@ class View:
                 buffer[row, slot] = torch.where(self.live[:, None, None], new[:, 0], buffer[row, slot])
 
     def read(self, j: int) -> tuple[Tensor, Tensor]:
-        k, v = self.cache.k[self.layer + j], self.cache.v[self.layer + j]
+        """Keys and values in the window, [B, slots, G, E]."""
+        buffers = self.cache.k[self.layer + j], self.cache.v[self.layer + j]
         if self.row is ...:
-            window = ..., slice(self.start, self.start + self.slots), slice(None), slice(None)
-        else:  # compiled, the index is fused into the attention that reads it (flash-attn gets a copy)
-            slot = self.start + torch.arange(self.slots, device=k.device)
-            window = self.row[:, None], slot.clamp(max=k.size(1) - 1).expand(len(self.row), -1)
-        return k[window], v[window]
+            return tuple(t[:, self.start : self.start + self.slots] for t in buffers)
+        # Every window is a view, so one index per row finds it, which the compiler fuses into the attention that reads
+        # it; an index per slot would cost as much as the attention. (flash-attn gets a copy.) A window may end in the
+        # next row, behind `length`, so rows at different depths need one more behind them.
+        first = self.row * buffers[0].size(1) + (self.start if isinstance(self.start, int) else self.start[:, 0])
+        return tuple(t.flatten(0, 1).unfold(0, self.slots, 1).permute(0, 3, 1, 2)[first] for t in buffers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
