@@ -679,7 +679,7 @@ class MoR(nn.Module):
 
     def decide(self, r: int | Tensor, s: State, p: Pass) -> State:
         """Which tokens run recursion r: sets `active` (a subset of what ran r-1), the gate, and the router losses.
-        Decoding takes r int64 [B] too: rows at different depths in one batch, as the serving engine has them."""
+        Decoding takes r > 0 int64 [B] too: rows at different depths in one batch, as the serving engine has them."""
         c, T, cache = self.config, s.x.size(1), p.cache
         candidates = active = s.active
         if c.router == "expert":

@@ -60,7 +60,8 @@ def load_run(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = 
     """(model in eval mode, meta.json of its data, the checkpoint) of a run directory or a checkpoint file. In a
     directory the newest checkpoint that can be read counts. What is wrong ends the program in one line."""
     path, problem = Path(path), ""
-    files = sorted(path.glob("ckpt_*.pt"), reverse=True) if path.is_dir() else [path]
+    by_step = dict(key=lambda file: (len(file.name), file.name), reverse=True)  # ckpt_1000000 is after ckpt_999999
+    files = sorted(path.glob("ckpt_*.pt"), **by_step) if path.is_dir() else [path]
     if not path.exists() or not files:
         fail(f"{path} holds no checkpoint: give a run directory of train.py, or a ckpt_*.pt file")
     for file in files:

@@ -259,18 +259,18 @@ def test_buckets_waste_less_than_a_quarter():
 
 def test_load_run_takes_the_newest_good_checkpoint(tmp_path, capsys):
     model = some_model("expert")
-    save_run(tmp_path, model, step=10)
-    save_run(tmp_path, model, step=20)
-    path = tmp_path / "ckpt_000020.pt"
-    assert load_run(tmp_path)[2]["step"] == 20
+    save_run(tmp_path, model, step=999_999)
+    save_run(tmp_path, model, step=1_000_000)
+    path = tmp_path / "ckpt_1000000.pt"
+    assert load_run(tmp_path)[2]["step"] == 1_000_000
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1  # one bit
     path.write_bytes(damaged)
     loaded, meta, checkpoint = load_run(tmp_path)
-    assert checkpoint["step"] == 10 and meta["eot"] == EOT and not loaded.training
-    assert "ckpt_000020.pt" in capsys.readouterr().err
+    assert checkpoint["step"] == 999_999 and meta["eot"] == EOT and not loaded.training
+    assert "ckpt_1000000.pt" in capsys.readouterr().err
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    assert load_run(tmp_path / "ckpt_000010.pt", dtype=torch.bfloat16)[0].wte.weight.dtype == torch.bfloat16
+    assert load_run(tmp_path / "ckpt_999999.pt", dtype=torch.bfloat16)[0].wte.weight.dtype == torch.bfloat16
 
 
 def alter(tmp_path: Path, change) -> Path:
