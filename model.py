@@ -380,9 +380,9 @@ def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
     # Products and sums, so that Inductor fuses reading the cache with the dot product; SDPA works in blocks made for
     # many queries. In eager mode nothing would fuse, and the products are E times the size of the scores.
     q = q.view(B, G, H // G, 1, E).float() * E**-0.5
-    k, exact = (t.transpose(1, 2)[:, :, None].float() for t in (k, v))  # [B, G, 1, C, E]
-    weight = (q * k).sum(-1).masked_fill(empty[:, None, None], -math.inf).softmax(-1)  # [B, G, H/G, C]
-    return (weight[..., None] * exact).sum(3).to(v.dtype).view(B, 1, H, E)
+    keys, values = (t.transpose(1, 2)[:, :, None].float() for t in (k, v))  # [B, G, 1, C, E]
+    weight = (q * keys).sum(-1).masked_fill(empty[:, None, None], -math.inf).softmax(-1)  # [B, G, H/G, C]
+    return (weight[..., None] * values).sum(3).to(v.dtype).view(B, 1, H, E)
 
 
 def use_flash(q: Tensor) -> bool:

@@ -24,6 +24,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
@@ -56,12 +57,21 @@ def read_checkpoint(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def step_of(path: Path) -> int:
+    """-1 for a file that this program did not name."""
+    return int(path.stem[5:]) if re.fullmatch(r"ckpt_\d+", path.stem) else -1
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((path for path in out.glob("ckpt_*.pt") if step_of(path) >= 0), key=step_of)
+
+
 def load_run(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[MoR, dict, dict]:
     """(model in eval mode, meta.json of its data, the checkpoint) of a run directory or a checkpoint file. In a
     directory the newest checkpoint that can be read counts. What is wrong ends the program in one line."""
     path, problem = Path(path), ""
-    by_step = dict(key=lambda file: (len(file.name), file.name), reverse=True)  # ckpt_1000000 is after ckpt_999999
-    files = sorted(path.glob("ckpt_*.pt"), **by_step) if path.is_dir() else [path]
+    files = checkpoints(path)[::-1] if path.is_dir() else [path]
     if not path.exists() or not files:
         fail(f"{path} holds no checkpoint: give a run directory of train.py, or a ckpt_*.pt file")
     for file in files:

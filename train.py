@@ -59,7 +59,7 @@ from eval import Measured, fractions, measure, rounded, router_metrics
 from model import CHOICES as MODEL_CHOICES
 from model import PRESETS, MoR, MoRConfig, Output
 from prepare import Parser, Shards, check_tokenizer, fail, load_meta, load_tokenizer, tokenizer_file
-from sample import DAMAGE, load_run, read_checkpoint
+from sample import DAMAGE, checkpoints, load_run, read_checkpoint, step_of
 
 MODEL_DEFAULTS = dict(router="expert", n_recursion=3)  # what "a MoR" means when no flag says otherwise
 TERMS = ("lm", "aux", "balance", "z")  # of Output.losses
@@ -627,16 +627,6 @@ def written_at_once(path: Path):
     os.close(directory)
 
 
-def step_of(path: Path) -> int:
-    """-1 for a file that this program did not name."""
-    return int(path.stem[5:]) if re.fullmatch(r"ckpt_\d+", path.stem) else -1
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted((path for path in out.glob("ckpt_*.pt") if step_of(path) >= 0), key=step_of)
-
-
 def inside(path: str | Path, out: str | Path) -> bool:
     return Path(path).resolve().parent == Path(out).resolve()
 
@@ -943,7 +933,7 @@ if __name__ == "__main__":
         main()
     except SystemExit as stop:
         code = stop.code
-    except Exception:
+    except Exception:  # a bug: shown as Python would, but left as every other end of a process group is
         sys.excepthook(*sys.exc_info())
         code = 1
     if dist.is_initialized():
