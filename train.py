@@ -896,6 +896,9 @@ def main(argv: list[str] | None = None) -> None:
     cfg.dtype = world.chief_does(lambda: max(peaks, key=peaks.get))
     peak = float(world.sum(torch.tensor(peaks[cfg.dtype])))
 
+    if world.device.type == "cpu":  # else the embedding's gradient adds up in the order that threads happen to run
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(cfg.seed)
     model = MoR(config)
     if weights:
