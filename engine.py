@@ -58,7 +58,7 @@ class Graphs(dict[tuple, Callable]):
         options = dict(options={"guard_filter_fn": only_arguments}, isolate_recompiles=True, recompile_limit=1)
         self[key] = torch.compile(function, fullgraph=True, dynamic=False, **options)
         # not among the options above, of which Dynamo would not hear: it has to leave the weights out of the inputs
-        packed = {"freezing": self.freeze, "cpp.enable_concat_linear": self.freeze}
+        packed = {"freezing": self.freeze, "cpp.enable_concat_linear": self.freeze, "cpp_wrapper": self.freeze}
         # every index is clamped or was checked on the host; to check again takes a seventh of attention's time
         with torch._inductor.config.patch(packed | {"assert_indirect_indexing": False}):
             return self[key](*args)

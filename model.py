@@ -240,6 +240,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def linears(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The outputs of several linear layers on x [B, T, D], side by side: [B, T, sum of their widths]."""
+    if x.size(1) == 1:  # one token waits for the weights to be read, which joining them first would do twice
+        return torch.cat([layer(x) for layer in layers], -1)
+    return F.linear(x, torch.cat([layer.weight for layer in layers]))  # one matrix product instead of several
+
+
 class Layer(nn.Module):
     """One pre-norm Llama layer with both residual additions: grouped-query attention, then SwiGLU."""
 
@@ -262,20 +269,21 @@ class Layer(nn.Module):
         B, K, _ = x.shape
         H, G, E = self.heads
         h = self.attn_norm(x)
-        q = rotate(self.wq(h).view(B, K, H, E), view.rope)
         if view.shared is None:
-            kv = rotate(self.wk(h).view(B, K, G, E), view.rope), self.wv(h).view(B, K, G, E)
+            qkv = linears(h, self.wq, self.wk, self.wv).view(B, K, H + 2 * G, E)
+            q, k = rotate(qkv[:, :, : H + G], view.rope).split((H, G), 2)
+            kv = k, qkv[:, :, H + G :]
             if view.cache is not None:
                 view.write(j, *kv)
         else:  # recursive KV sharing: recursion 0 projected them once
-            kv = view.shared[j]
+            q, kv = rotate(self.wq(h).view(B, K, H, E), view.rope), view.shared[j]
         if view.length is not None:
             y = attend_cache(q, *view.read(j), view.length)
         else:
             y = attend(q, *kv, view.mask)
         x = x + self.wo(y.reshape(B, K, H * E))
-        h = self.mlp_norm(x)
-        return x + self.w_down(F.silu(self.w_gate(h)) * self.w_up(h)), kv
+        gate, up = linears(self.mlp_norm(x), self.w_gate, self.w_up).chunk(2, -1)
+        return x + self.w_down(F.silu(gate) * up), kv
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,8 +291,7 @@ class Layer(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [B, K, H, E] over k, v [B, S, G, E] -> [B, K, H, E]. mask bool [B, 1, K, S] never reaches beyond key S - K + i
-    for query i; None: causal, S = K."""
+    """q [B, K, H, E] over k, v [B, S, G, E] -> [B, K, H, E]. mask bool [B, 1, K, S]; None: causal, S = K."""
     if q.device.type == "cpu":
         return attend_on_cpu(q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -311,9 +318,12 @@ def weight_blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[s
     """Attention weights, `rows` queries at a time with the keys that they may see: q [B, K, H, E] scaled,
     k [B*G, S, E] -> (which queries, number of keys, these queries [B*G, H/G * rows, E], weights [..., keys])."""
     (B, K, _, _), (BG, S, _), rows = q.shape, k.shape, 64
+    end = torch.arange(1, K + 1)  # where the keys end that query i may see, in any row of the batch
+    if mask is not None:
+        end = (mask[:, 0].byte().amax(0) * torch.arange(1, S + 1)).amax(-1).clamp(min=1)
     for start in range(0, K, rows):
         at = slice(start, min(start + rows, K))
-        n, keys = at.stop - start, S - K + at.stop
+        n, keys = at.stop - start, int(end[at].max())
         queries = grouped(q[:, at], BG // B)
         score = torch.bmm(queries, k[:, :keys].mT)
         by_head = score.view(B, BG // B, -1, n, keys)
@@ -489,13 +499,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, target: Tensor, rows: int, dtype: torch.dtype, wants_grad: bool):
-        w, dx, dw = weight.to(dtype), [], torch.zeros(weight.shape, device=x.device)
-        total = torch.zeros((), device=x.device)
+        w, total, dx, dw = weight.to(dtype), [], [], torch.zeros(weight.shape, device=x.device)
         for xc, tc in zip(x.to(dtype).split(rows), target.split(rows), strict=True):
             logits = xc @ w.T
             lse = logits.float().logsumexp(-1)
             keep, tc = tc != -100, tc.clamp(min=0)[:, None]
-            total = total + ((lse - logits.gather(1, tc)[:, 0].float()) * keep).sum()
+            total.append(((lse - logits.gather(1, tc)[:, 0].float()) * keep).sum())
             if wants_grad:
                 onehot = torch.arange(w.size(0), device=x.device) == tc
                 d = (((logits.float() - lse[:, None]).exp() - onehot.float()) * keep[:, None]).to(dtype)
@@ -503,7 +512,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dw = dw + (d.T @ xc).float()
         if wants_grad:
             ctx.save_for_backward(torch.cat(dx), dw)
-        return total
+        return torch.stack(total).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
