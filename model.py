@@ -240,11 +240,18 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products with x run in: autocast's dtype, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def linears(x: Tensor, *layers: nn.Linear) -> Tensor:
     """The outputs of several linear layers on x [B, T, D], side by side: [B, T, sum of their widths]."""
     if x.size(1) == 1:  # one token waits for the weights to be read, which joining them first would do twice
         return torch.cat([layer(x) for layer in layers], -1)
-    return F.linear(x, torch.cat([layer.weight for layer in layers]))  # one matrix product instead of several
+    dtype = matmul_dtype(x)  # cast first: autocast would join them in fp32, and then cast
+    return F.linear(x, torch.cat([layer.weight.to(dtype) for layer in layers]))  # one product instead of several
 
 
 class Layer(nn.Module):
@@ -522,11 +529,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Mean over the targets that are not -100: x [B, T, D], weight [V, D], target [B, T] -> fp32 scalar."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, target = x.flatten(0, 1), target.flatten()
     rows = max(2**23 // weight.size(0), -(-x.size(0) // 16), 1)  # 8M logits at a time; at most 16 chunks are unrolled
-    total = LinearCrossEntropy.apply(x, weight, target, rows, dtype, torch.is_grad_enabled())
+    total = LinearCrossEntropy.apply(x, weight, target, rows, matmul_dtype(x), torch.is_grad_enabled())
     return total / (target != -100).sum().clamp(min=1)
 
 
