@@ -405,6 +405,7 @@ def train(args: Namespace) -> dict[str, Any]:
         ))  # fmt: skip
     counters.clear()
     results = interleave({name: lambda s=s: stopwatch(s, device) for name, s in steps.items()}, args.rounds)
+    peak = max(peak, matmul_peak(device, dtype))  # once more: disturbed at the start, it would flatter every row
     recompiles = counters["stats"]["unique_graphs"]
     totals = {name: [sum(stages) for stages in rounds] for name, rounds in results.items()}
     for row in rows:
