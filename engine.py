@@ -43,8 +43,8 @@ from model import KVCache, MoR, Pass, State
 
 class Graphs(dict[tuple, Callable]):
     """Functions by key, compiled when first run and never again: a recompilation raises. freeze: weights are packed
-    into each graph as constants, which is faster on CPUs and takes their memory again. compile=False runs them as they
-    are."""
+    into each graph as constants, and its kernels called from C++, which is faster on CPUs and takes the weights' memory
+    again. compile=False runs them as they are."""
 
     def __init__(self, compile: bool, freeze: bool):
         super().__init__()
