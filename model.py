@@ -325,9 +325,9 @@ def weight_blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[s
     """Attention weights, `rows` queries at a time with the keys that they may see: q [B, K, H, E] scaled,
     k [B*G, S, E] -> (which queries, number of keys, these queries [B*G, H/G * rows, E], weights [..., keys])."""
     (B, K, _, _), (BG, S, _), rows = q.shape, k.shape, 64
-    end = torch.arange(1, K + 1)  # where the keys end that query i may see, in any row of the batch
+    end = torch.arange(1, S + 1, device=q.device)  # where the keys end that query i may see, in any row of the batch
     if mask is not None:
-        end = (mask[:, 0].byte().amax(0) * torch.arange(1, S + 1)).amax(-1).clamp(min=1)
+        end = (mask[:, 0].byte().amax(0) * end).amax(-1).clamp(min=1)
     for start in range(0, K, rows):
         at = slice(start, min(start + rows, K))
         n, keys = at.stop - start, int(end[at].max())
