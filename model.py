@@ -506,12 +506,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, target: Tensor, rows: int, dtype: torch.dtype, wants_grad: bool):
-        w, total, dx, dw = weight.to(dtype), [], [], torch.zeros(weight.shape, device=x.device)
+        w, dx, dw = weight.to(dtype), [], torch.zeros(weight.shape, device=x.device)
+        total = torch.zeros((), device=x.device)
         for xc, tc in zip(x.to(dtype).split(rows), target.split(rows), strict=True):
             logits = xc @ w.T
             lse = logits.float().logsumexp(-1)
             keep, tc = tc != -100, tc.clamp(min=0)[:, None]
-            total.append(((lse - logits.gather(1, tc)[:, 0].float()) * keep).sum())
+            total = total + ((lse - logits.gather(1, tc)[:, 0].float()) * keep).sum()
             if wants_grad:
                 onehot = torch.arange(w.size(0), device=x.device) == tc
                 d = (((logits.float() - lse[:, None]).exp() - onehot.float()) * keep[:, None]).to(dtype)
@@ -519,7 +520,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dw = dw + (d.T @ xc).float()
         if wants_grad:
             ctx.save_for_backward(torch.cat(dx), dw)
-        return torch.stack(total).sum()
+        return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
