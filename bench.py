@@ -523,13 +523,15 @@ def attend_cache_by_sdpa(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Ten
 
 
 def decode_ours(
-    model: MoR, prompts: list[list[int]], args: Namespace, attend: Callable = model_file.attend_cache, **options
+    model: MoR, batches: Tensor, args: Namespace, attend: Callable = model_file.attend_cache, **options
 ) -> Callable[[], dict]:
-    """sample.generate, with cache and graphs kept between calls."""
-    P = len(prompts[0])
-    decoder = Decoder(model, len(prompts), P + args.new, **dict(compile=args.compile, freeze=args.freeze) | options)
+    """sample.generate, with cache and graphs kept between calls; each call takes the next batch of prompts [B, P]."""
+    _, B, P = batches.shape
+    decoder = Decoder(model, B, P + args.new, **dict(compile=args.compile, freeze=args.freeze) | options)
+    turns = iter(batches.tolist())
 
     def case():
+        prompts = next(turns)
         with patch.object(model_file, "attend_cache", attend):  # for when it compiles
             start = time.perf_counter()
             out = generate(model, prompts, args.new, decoder=decoder)
@@ -542,9 +544,9 @@ def decode_ours(
     return case
 
 
-def decode_uncached(model: MoR, prompts: list[list[int]], args: Namespace) -> Callable[[], dict]:
+def decode_uncached(model: MoR, batches: Tensor, args: Namespace) -> Callable[[], dict]:
     """A full forward per token. In one graph, at the final length: what follows a token does not change it."""
-    B, P = len(prompts), len(prompts[0])
+    (_, B, P), turns = batches.shape, iter(batches)
 
     def next_token(idx: Tensor, at: Tensor) -> Tensor:
         position = torch.arange(idx.size(1), device=idx.device)[None]
@@ -557,7 +559,7 @@ def decode_uncached(model: MoR, prompts: list[list[int]], args: Namespace) -> Ca
     def case():
         start = time.perf_counter()
         idx = torch.zeros(B, P + args.new, dtype=torch.long, device=args.device)
-        idx[:, :P] = torch.tensor(prompts)
+        idx[:, :P] = next(turns)
         for i in range(P, P + args.new):
             idx[:, i] = graphs.run(("token",), next_token, idx, torch.tensor([i - 1], device=args.device))
         return dict(tokens=idx[:, P:].tolist(), seconds=time.perf_counter() - start)
@@ -578,7 +580,7 @@ def llama(c: MoRConfig) -> nn.Module:
     ))  # fmt: skip
 
 
-def decode_llama(model: nn.Module, prompts: list[list[int]], args: Namespace, compiled: bool) -> Callable[[], dict]:
+def decode_llama(model: nn.Module, batches: Tensor, args: Namespace, compiled: bool) -> Callable[[], dict]:
     """transformers' generate with its static cache."""
     from transformers import CompileConfig
 
@@ -587,15 +589,15 @@ def decode_llama(model: nn.Module, prompts: list[list[int]], args: Namespace, co
     if compiled:
         options["compile_config"] = CompileConfig(fullgraph=True, dynamic=False, mode="default")
         options["compile_config"]._compile_all_devices = True  # it leaves CPUs out unless told
-    idx = torch.tensor(prompts, device=model.device)
+    turns = iter(batches.to(model.device))
 
-    def call(n: int) -> list:
+    def call(idx: Tensor, n: int) -> list:
         return model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, **options).tolist()
 
     def case():
-        marks = [time.perf_counter()]
+        idx, marks = next(turns), [time.perf_counter()]
         for n in (1, args.new):  # one token is the prefill
-            tokens = call(n)
+            tokens = call(idx, n)
             marks.append(time.perf_counter())
         prefill, seconds = marks[1] - marks[0], marks[2] - marks[1]
         step = (seconds - prefill) / max(1, args.new - 1)
@@ -617,35 +619,37 @@ def decode(args: Namespace) -> dict[str, Any]:
             model.load_reference_state_dict(theirs.state_dict())
         models[name] = model.to(device, dtype).eval()
     for B in args.batch:
-        prompts = torch.randint(vanilla.vocab_size, (B, args.prompt)).tolist()
-        cases = {name: decode_ours(model, prompts, args) for name, model in models.items()}
+        # other prompts each round (two warm up), or routing's depths would be those of one text
+        batches = torch.randint(vanilla.vocab_size, (args.rounds + 2, B, args.prompt))
+        cases = {name: decode_ours(model, batches, args) for name, model in models.items()}
         if args.ablate:
             without = {"SDPA": dict(attend=attend_cache_by_sdpa), "not packed": dict(freeze=False)}
             if configs[first].router != "none":
                 without |= {"early exit": dict(early_exit=True), "one graph": dict(early_exit=False)}
             for what, options in without.items():
-                cases[f"{first}, {what}"] = decode_ours(models[first], prompts, args, **options)
+                cases[f"{first}, {what}"] = decode_ours(models[first], batches, args, **options)
         if args.uncached:
-            cases[f"{first}, uncached"] = decode_uncached(models[first], prompts, args)
+            cases[f"{first}, uncached"] = decode_uncached(models[first], batches, args)
         if theirs is not None:
-            cases["transformers"] = decode_llama(theirs, prompts, args, compiled=False)
+            cases["transformers"] = decode_llama(theirs, batches, args, compiled=False)
         if theirs is not None and args.compile:
-            cases["transformers, compiled"] = decode_llama(theirs, prompts, args, compiled=True)
+            cases["transformers, compiled"] = decode_llama(theirs, batches, args, compiled=True)
         warmup = {name: warm_up(name, [case], device) for name, case in cases.items()}
         results, base = interleave(cases, args.rounds), next(iter(cases))
         seconds = {name: [r["seconds"] for r in rounds] for name, rounds in results.items()}
         for name, rounds in results.items():
-            out, median, variant = rounds[-1], statistics.median(seconds[name]), name.split(",")[0]
+            median, variant = statistics.median(seconds[name]), name.split(",")[0]
             row = dict(name=name, batch=B, prompt=args.prompt, new=args.new, warmup=warmup[name], seconds=median)
             row |= dict(spread=spread(seconds[name]), tokens_per_second=B * args.new / median)
             row |= dict(speedup=ratio(seconds[base], seconds[name]))
-            row |= {key: out.get(key) for key in ("depth", "kv_bytes")}
-            if "step" in out:
+            if "depth" in rounds[0]:
+                row |= dict(depth=statistics.mean(r["depth"] for r in rounds), kv_bytes=rounds[0]["kv_bytes"])
+            if "step" in rounds[0]:
                 row["decode_tokens_per_second"] = B / statistics.median(r["step"] for r in rounds)
                 row["prefill_tokens_per_second"] = B * args.prompt / statistics.median(r["prefill"] for r in rounds)
             if variant in (first, "transformers"):
-                ours, other = (sum(tokens, []) for tokens in (results[base][-1]["tokens"], out["tokens"]))
-                row["same_tokens"] = statistics.mean(a == b for a, b in zip(ours, other, strict=True))
+                ours, other = (torch.tensor([r["tokens"] for r in results[of]]) for of in (base, name))
+                row["same_tokens"] = (ours == other).double().mean().item()
             elif B == 1:
                 row["bound"] = flops(configs[first], length) / flops(configs[variant], length)
             rows.append(row)

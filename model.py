@@ -246,10 +246,20 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., D] times weight [n, D] -> [..., n]."""
+    if x.numel() == x.size(-1) and x.device.type == "cpu" and torch.compiler.is_compiling():
+        # One token: products and sums, which Inductor turns into plain loops over the weights, one kernel with all that
+        # happens between them. Nothing else reads memory as fast. (The sum is in fp32, not the operands: freezing would
+        # keep the weights as it finds them cast.)
+        return (x[..., None, :] * weight).sum(-1, dtype=torch.float32).to(x.dtype)
+    return F.linear(x, weight)
+
+
 def linears(x: Tensor, *layers: nn.Linear) -> Tensor:
     """The outputs of several linear layers on x [B, T, D], side by side: [B, T, sum of their widths]."""
     if x.size(1) == 1:  # one token waits for the weights to be read, which joining them first would do twice
-        return torch.cat([layer(x) for layer in layers], -1)
+        return torch.cat([linear(x, layer.weight) for layer in layers], -1)
     dtype = matmul_dtype(x)  # cast first: autocast would join them in fp32, and then cast
     return F.linear(x, torch.cat([layer.weight.to(dtype) for layer in layers]))  # one product instead of several
 
@@ -283,14 +293,14 @@ class Layer(nn.Module):
             if view.cache is not None:
                 view.write(j, *kv)
         else:  # recursive KV sharing: recursion 0 projected them once
-            q, kv = rotate(self.wq(h).view(B, K, H, E), view.rope), view.shared[j]
+            q, kv = rotate(linear(h, self.wq.weight).view(B, K, H, E), view.rope), view.shared[j]
         if view.length is not None:
             y = attend_cache(q, *view.read(j), view.length)
         else:
             y = attend(q, *kv, view.mask)
-        x = x + self.wo(y.reshape(B, K, H * E))
+        x = x + linear(y.reshape(B, K, H * E), self.wo.weight)
         gate, up = linears(self.mlp_norm(x), self.w_gate, self.w_up).chunk(2, -1)
-        return x + self.w_down(F.silu(gate) * up), kv
+        return x + linear(F.silu(gate) * up, self.w_down.weight), kv
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,8 +457,8 @@ class Router(nn.Module):
         # fp32 whatever the rest runs in: a rounded logit flips decisions, and the router is a thousandth of the work
         with torch.autocast(x.device.type, enabled=False):
             if isinstance(self.net, nn.Linear):
-                return F.linear(x.float(), self.net.weight.float())
-            return F.linear(F.gelu(F.linear(x.float(), self.net[0].weight.float())), self.net[2].weight.float())
+                return linear(x.float(), self.net.weight.float())
+            return linear(F.gelu(linear(x.float(), self.net[0].weight.float())), self.net[2].weight.float())
 
 
 def route(routers: nn.ModuleList, r: int | Tensor, x: Tensor) -> Tensor:
@@ -862,7 +872,7 @@ class MoR(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits fp32 [..., V] of the normed stream."""
-        return F.linear(h, self.head_weight).float()
+        return linear(h, self.head_weight).float()
 
     @property
     def head_weight(self) -> Tensor:
