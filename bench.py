@@ -523,16 +523,17 @@ def attend_cache_by_sdpa(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Ten
 
 
 def decode_ours(
-    model: MoR, batches: Tensor, args: Namespace, attend: Callable = model_file.attend_cache, **options
+    model: MoR, batches: Tensor, args: Namespace, replaced: tuple = ("linear", model_file.linear), **options
 ) -> Callable[[], dict]:
-    """sample.generate, with cache and graphs kept between calls; each call takes the next batch of prompts [B, P]."""
+    """sample.generate, with cache and graphs kept between calls; each call takes the next batch of prompts [B, P].
+    replaced: a function of model.py by name, and what stands in for it."""
     _, B, P = batches.shape
     decoder = Decoder(model, B, P + args.new, **dict(compile=args.compile, freeze=args.freeze) | options)
     turns = iter(batches.tolist())
 
     def case():
         prompts = next(turns)
-        with patch.object(model_file, "attend_cache", attend):  # for when it compiles
+        with patch.object(model_file, *replaced):  # for when it compiles
             start = time.perf_counter()
             out = generate(model, prompts, args.new, decoder=decoder)
             seconds = time.perf_counter() - start
@@ -623,7 +624,9 @@ def decode(args: Namespace) -> dict[str, Any]:
         batches = torch.randint(vanilla.vocab_size, (args.rounds + 2, B, args.prompt))
         cases = {name: decode_ours(model, batches, args) for name, model in models.items()}
         if args.ablate:
-            without = {"SDPA": dict(attend=attend_cache_by_sdpa), "not packed": dict(freeze=False)}
+            without = {"SDPA": dict(replaced=("attend_cache", attend_cache_by_sdpa)), "not packed": dict(freeze=False)}
+            if B == 1:
+                without |= {"F.linear": dict(replaced=("linear", F.linear))}
             if configs[first].router != "none":
                 without |= {"early exit": dict(early_exit=True), "one graph": dict(early_exit=False)}
             for what, options in without.items():
