@@ -566,7 +566,8 @@ class KVCache:
 
         def zeros(*shape, dtype=torch.long):
             t = torch.zeros(shape, device=device, dtype=dtype)
-            torch._dynamo.mark_static_address(t)  # so that CUDA graphs may write to it in place
+            if t.is_cuda:  # so that CUDA graphs may write to it in place; on CPUs freezing would take it for a constant
+                torch._dynamo.mark_static_address(t)
             return t
 
         self.k = [zeros(batch, n, c.n_kv_head, c.head_dim, dtype=dtype) for n in length]

@@ -12,6 +12,7 @@ import warnings
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from conftest import make_batch, make_model, relative, tiny
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -481,6 +482,29 @@ def test_compiled_cache_equals_the_full_forward(name, backend, compiler):
         assert_rows_equal(cached(model, idx, [12, 12, 12], twin, prefill, decode), expected, [12] * 3)
     assert sum(compiler["graph_break"].values()) == 0
     assert compiler["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    "name, backend", [("expert-mlp-tanh", "inductor")] + [(n, "eager") for n in ("vanilla", "token", "expert-share")]
+)
+def test_compiled_decoding_of_one_row_equals_the_full_forward(name, backend, compiler):
+    """On CPUs one token is multiplied by the weights in another way: its graph has no matrix product."""
+    model, products = model_of(name), []
+    idx, _ = make_batch(model.config, B=1, T=T)
+    expected = uncached(model, idx).logits
+
+    def counting(graph, inputs):
+        products.append(sum(node.target is F.linear for node in graph.graph.nodes))
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    prefill, decode = (
+        torch.compile(f, fullgraph=True, dynamic=False, backend=counting) for f in (model.prefill, model.decode)
+    )
+    cache = model.make_cache(1, T, slack=ROOMY)
+    for length in (5, 1):
+        assert_rows_equal(cached(model, idx, [length], cache, prefill, decode), expected, [length])
+    assert products[0] > 0 and products[1:] == [0, 0]  # five tokens, decoding, a prompt of one
+    assert not compiler["graph_break"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

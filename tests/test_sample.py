@@ -117,6 +117,13 @@ def test_compiled_generation_equals_the_full_forward_and_never_recompiles(early_
     assert not compiler["graph_break"]
 
 
+def test_one_row_compiled_and_packed_equals_the_full_forward(compiler):
+    model = some_model("expert", n_layer=5)
+    decoder = Decoder(model, 1, 48, slack=4, freeze=True)
+    for prompt in ([9] * 21, [8, 7]):
+        check(model, decoder, SETTINGS[0], prompts=[prompt], n=9)
+
+
 def test_a_row_gives_the_same_alone_in_a_batch_and_among_idle_rows():
     model = some_model("expert")
     options = dict(slack=4, compile=False, temperature=1.0)
