@@ -554,7 +554,7 @@ def decode_uncached(model: MoR, batches: Tensor, args: Namespace) -> Callable[[]
         h, _ = model.backbone(idx, Pass(position, max_depth=model.config.n_recursion))
         return model.head(h.index_select(1, at)[:, 0]).argmax(-1)
 
-    graphs = Graphs(args.compile, args.freeze)
+    graphs = Graphs(args.compile, args.freeze, torch.device(args.device))
 
     @torch.no_grad()
     def case():
@@ -1008,7 +1008,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         tiny = dict(
             train=dict(batch=2, seq=64, rounds=2), decode=dict(batch=[2], prompt=12, new=8, rounds=2),
-            serve=dict(widths=[min(w, 4) for w in getattr(args, "widths", [])], new=16, rounds=2, seconds=0.2),
+            serve=dict(widths=[min(w, 4) for w in getattr(args, "widths", [])], new=16, rounds=2, seconds=1.0),
         )  # fmt: skip
         vars(args).update(tiny.get(args.command, {}))
     torch.set_num_threads(args.threads)

@@ -42,13 +42,14 @@ from model import KVCache, MoR, Pass, State
 
 
 class Graphs(dict[tuple, Callable]):
-    """Functions by key, compiled when first run and never again: a recompilation raises. freeze: weights are packed
-    into each graph as constants, and its kernels called from C++, which is faster on CPUs and takes the weights' memory
+    """Functions by key, compiled when first run and never again: a recompilation raises. freeze: on CPUs, weights are
+    packed into each graph as constants, and its kernels called from C++, which is faster and takes the weights' memory
     again. compile=False runs them as they are."""
 
-    def __init__(self, compile: bool, freeze: bool):
+    def __init__(self, compile: bool, freeze: bool, device: torch.device):
         super().__init__()
-        self.compile, self.freeze = compile, freeze
+        # on CUDA freezing would take for constants what has a static address, such as a cache's positions
+        self.compile, self.freeze = compile, freeze and device.type == "cpu"
 
     def run(self, key: tuple, function: Callable, *args):
         if not self.compile:
@@ -205,8 +206,8 @@ class Engine:
         self.model = model.eval() if dtype is None else model.eval().to(dtype)
         self.slots, self.width, self.turn_width = slots, width, turn_width
         self.cache = model.make_cache(slots + 1, max_len, slack, threshold, max_depth)
-        self.graphs = Graphs(compile, freeze)
         device = model.wte.weight.device
+        self.graphs = Graphs(compile, freeze, device)
         rows = {"x": (1, c.d_model), "depth": (1,)}  # the State of each row between stages
         if c.router == "expert":
             rows |= {"gate": (1,)}

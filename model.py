@@ -250,8 +250,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., D] times weight [n, D] -> [..., n]."""
     if x.numel() == x.size(-1) and x.device.type == "cpu" and torch.compiler.is_compiling():
         # One token: products and sums, which Inductor turns into plain loops over the weights, one kernel with all that
-        # happens between them. Nothing else reads memory as fast. (The sum is in fp32, not the operands: freezing would
-        # keep the weights as it finds them cast.)
+        # happens between them: faster than a call per product, which waits for memory each time. (The sum is in fp32,
+        # not the operands: freezing would keep a cast of the weights, twice as large.)
         return (x[..., None, :] * weight).sum(-1, dtype=torch.float32).to(x.dtype)
     return F.linear(x, weight)
 
@@ -566,7 +566,7 @@ class KVCache:
 
         def zeros(*shape, dtype=torch.long):
             t = torch.zeros(shape, device=device, dtype=dtype)
-            if t.is_cuda:  # so that CUDA graphs may write to it in place; on CPUs freezing would take it for a constant
+            if t.is_cuda:  # so that CUDA graphs may write to it in place; freezing would take it for a constant
                 torch._dynamo.mark_static_address(t)
             return t
 

@@ -126,9 +126,9 @@ class Decoder:
         slack: float | None = None, compile: bool = True, freeze: bool = False, early_exit: bool | None = None,
     ):  # fmt: skip
         self.model, self.cache = model, model.make_cache(batch, max_len, slack, threshold, max_depth)
-        self.graphs, self.depth = Graphs(compile, freeze), self.cache.knobs["max_depth"]
-        # Stopping when no row goes on costs a host sync per recursion: it pays where syncs are free and rows are few.
         device, routed = model.wte.weight.device, model.config.router != "none"
+        self.graphs, self.depth = Graphs(compile, freeze, device), self.cache.knobs["max_depth"]
+        # Stopping when no row goes on costs a host sync per recursion: it pays where syncs are free and rows are few.
         self.early_exit = routed and (device.type == "cpu" and batch <= 4 if early_exit is None else early_exit)
         whole, real = (torch.zeros(batch, dtype=t, device=device) for t in (torch.long, torch.float32))
         self.left, self.stop = whole, whole[:1].clone()  # tokens still to draw per row; the token that ends a row
@@ -379,7 +379,7 @@ def read_flags(argv: list[str] | None) -> Namespace:
     add("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on cuda, else fp32")
     add("--compile", action=BooleanOptionalAction, help="compile first (default: if over 4000 steps are to be done)")
-    add("--freeze", action="store_true", help="compile with weights packed as constants: for CPUs, twice the memory")
+    add("--freeze", action="store_true", help="on CPUs, compile with weights packed as constants: twice the memory")
     args = parser.parse_args(argv)
     if sum(given is not None for given in (args.prompt, args.file, args.prompts)) > 1:
         fail("give one of PROMPT, --file and --prompts")

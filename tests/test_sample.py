@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, make_model, tiny
 
-from engine import bucket, draw, uniform
+from engine import Graphs, bucket, draw, uniform
 from model import MoR
 from sample import Decoder, Painter, generate, load_run, main, run_tokenizer
 from train import write_state
@@ -122,6 +122,11 @@ def test_one_row_compiled_and_packed_equals_the_full_forward(compiler):
     decoder = Decoder(model, 1, 48, slack=4, freeze=True)
     for prompt in ([9] * 21, [8, 7]):
         check(model, decoder, SETTINGS[0], prompts=[prompt], n=9)
+
+
+def test_only_cpus_pack_weights():
+    assert Graphs(True, True, torch.device("cpu")).freeze
+    assert not Graphs(True, True, torch.device("cuda")).freeze
 
 
 def test_a_row_gives_the_same_alone_in_a_batch_and_among_idle_rows():
