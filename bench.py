@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from argparse import BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -694,12 +695,14 @@ def serve_models(args: Namespace) -> tuple[dict[str, MoR], int]:
 
 
 class Service:
-    """An engine under load: empty prompts, output lengths ~ N(new, new/8), a queue of 8 times the slots."""
+    """An engine under load: empty prompts, output lengths ~ N(new, new/8), a queue of 8 times the slots.
+
+    Tokens are drawn: greedy requests of an untrained model would all be one text, with its depths."""
 
     def __init__(self, model: MoR, slots: int, width: int, turn_width: int, eot: int, args: Namespace):
         options = dict(turn_width=turn_width, slack=args.slack, compile=args.compile, freeze=args.freeze)
         self.engine, self.rng = Engine(model, slots, width, args.new * 3 // 2, **options), random.Random(0)
-        self.new, self.eot, self.temperature, self.served = args.new, eot, float(bool(args.run)), 0
+        self.new, self.eot, self.served = args.new, eot, 0
         self.windows: list[dict] = []
 
     def refill(self) -> None:
@@ -708,8 +711,7 @@ class Service:
 
         while len(self.engine.waiting) < 8 * self.engine.slots:
             n = min(max(1, round(self.rng.gauss(self.new, self.new / 8))), self.engine.cache.max_len - 1)
-            more = dict(temperature=self.temperature, seed=self.rng.getrandbits(32), on_token=hear)
-            self.engine.submit([self.eot], n, **more)
+            self.engine.submit([self.eot], n, temperature=1.0, seed=self.rng.getrandbits(32), on_token=hear)
 
     def warm_up(self) -> None:
         """Compiles, then serves the first house, whose requests are of uneven lengths: later ones are of all ages."""
@@ -718,19 +720,19 @@ class Service:
         for request in first:
             request.max_new_tokens = self.rng.randint(1, request.max_new_tokens)
         while any(request.status != "done" for request in first):
+            self.refill()
             self.engine.step()
 
     def window(self, seconds: float) -> None:
         """Serves for some seconds and keeps what happened; nothing is left out of the time."""
         engine = self.engine
-        self.refill()
-        engine.history.clear()
+        engine.history = deque()  # without the engine's bound: every stage of the window counts
         before, start = self.served, time.perf_counter()
         while time.perf_counter() < start + seconds:
+            self.refill()
             engine.step()
-        wall, runs = time.perf_counter() - start, list(engine.history)
-        part = dict(seconds=wall, tokens=self.served - before, runs=runs, dry=not engine.waiting)
-        self.windows.append(part | dict(speed=part["tokens"] / wall))
+        wall, tokens = time.perf_counter() - start, self.served - before
+        self.windows.append(dict(seconds=wall, speed=tokens / wall, runs=list(engine.history)))
 
 
 def serve_row(name: str, service: Service, vanilla: dict | None, args: Namespace) -> dict[str, Any]:
@@ -760,7 +762,7 @@ def serve_row(name: str, service: Service, vanilla: dict | None, args: Namespace
         turn_use=statistics.mean(run.rows for run in turns) / engine.turn_width,
         turn_seconds=statistics.median(run.seconds for run in turns),
         host=1 - sum(run.seconds for run in runs) / sum(window["seconds"] for window in windows),
-        overflow=int(cache.overflow.sum()), dry=any(window["dry"] for window in windows),
+        overflow=int(cache.overflow.sum()),
     )  # fmt: skip
     if blocks:
         row["block_use"] = statistics.mean(run.rows for run in blocks) / engine.width
@@ -812,7 +814,6 @@ def serve(args: Namespace) -> dict[str, Any]:
     table(rows, f"variant=name|turn full=turn_use:.1%|block full=block_use:.1%|turn ms=turn_seconds{ms}|by FLOPs="
           f"turn_expected{ms}|block ms=block_seconds{ms}|by FLOPs=block_expected{ms}|host=host:.1%")  # fmt: skip
     warnings = disturbances(facts, {f"{r['name']} at {r['at']}": r["spread"] for r in rows})
-    warnings += [f"the queue of {r['name']} ran dry: shorter --seconds" for r in rows if r["dry"]]
     return dict(about=facts, preset=args.preset, routing=routing, run=args.run, new=args.new, freeze=args.freeze,
                 rounds=args.rounds, seconds=args.seconds, rows=rows, warnings=warnings)  # fmt: skip
 

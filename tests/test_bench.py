@@ -126,9 +126,9 @@ def test_quick_serve(tmp_path, capsys):
     assert equal["slots"] == equal["width"] + equal["turn_width"] - 1 == 4 and equal["kv_bytes"] <= vanilla["kv_bytes"]
     for row in result["rows"]:
         assert row["turn_use"] > 0.9 and row.get("block_use", 1) > 0.9 and 0 <= row["host"] < 0.5
-        assert row["tokens_per_second"] == statistics.median(row["speeds"]) and not row["dry"]
+        assert row["tokens_per_second"] == statistics.median(row["speeds"])
         assert row["of_bound"] == pytest.approx(row["ratio"] / row["bound"])
-    assert vanilla["ratio"] == vanilla["bound"] == vanilla["bound_bytes"] == 1 and 1.2 < routed["depth"] < 1.8
+    assert vanilla["ratio"] == vanilla["bound"] == vanilla["bound_bytes"] == 1 and 1.3 < routed["depth"] < 1.7
     weights, attention, head = 2 * (3 * 64 * 64 + 3 * 64 * 128), 2 * 16 * 64, 2 * 64 * 256  # FLOPs per layer and token
     f, layer = routed["fractions"][1], weights + attention
     assert vanilla["flops"] == 4 * layer + head
