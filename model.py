@@ -469,8 +469,14 @@ def route(routers: nn.ModuleList, r: int | Tensor, x: Tensor) -> Tensor:
 
 
 def per_recursion(values: list, r: int | Tensor) -> Any:
-    """values[r], as a tensor [B, 1] for rows at different depths, r int64 [B]."""
-    return values[r] if isinstance(r, int) else torch.tensor(values, device=r.device)[r][:, None]
+    """values[r], as a tensor [B, 1] for rows at different depths, r int64 [B]. (A choice among constants: to send them
+    to the device would be a host sync, which a CUDA graph cannot hold.)"""
+    if isinstance(r, int):
+        return values[r]
+    chosen = values[0]
+    for i, value in enumerate(values[1:], 1):
+        chosen = torch.where(r[:, None] == i, value, chosen)
+    return chosen
 
 
 def compact(active: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -565,10 +571,7 @@ class KVCache:
             length = [max_len, *length, max_len]
 
         def zeros(*shape, dtype=torch.long):
-            t = torch.zeros(shape, device=device, dtype=dtype)
-            if t.is_cuda:  # so that CUDA graphs may write to it in place; freezing would take it for a constant
-                torch._dynamo.mark_static_address(t)
-            return t
+            return torch.zeros(shape, device=device, dtype=dtype)
 
         self.k = [zeros(batch, n, c.n_kv_head, c.head_dim, dtype=dtype) for n in length]
         self.v = [zeros(batch, n, c.n_kv_head, c.head_dim, dtype=dtype) for n in length]
@@ -736,11 +739,13 @@ class MoR(nn.Module):
                 func, alpha = c.gate
                 gate = alpha * (logit.sigmoid() if func == "sigmoid" else logit.softmax(-1))
                 choice = (gate + self.balance_bias.float() if c.balance == "bias" else gate).argmax(-1) + 1
-                share = F.one_hot(choice - 1, c.n_recursion).float().mean((0, 1))
+                share = (
+                    (choice[..., None] == torch.arange(1, c.n_recursion + 1, device=choice.device)).float().mean((0, 1))
+                )
                 balance = c.n_recursion * (gate.mean((0, 1)) * share).sum()
                 s = s._replace(gate=gate, choice=choice, entry=s.x, logits=(logit.detach(),))
                 s = s._replace(balance=balance, z=logit.logsumexp(-1).square().mean())
-            active = candidates & (s.choice > per_recursion(list(range(c.n_recursion)), r))
+            active = candidates & (s.choice > (r if isinstance(r, int) else r[:, None]))
             if p.limited:  # slots go in position order: which token is dropped does not depend on later ones
                 active = active & (active.cumsum(1) <= self.slots(r, T, p))
         if cache is not None and c.kv == "recursion":  # shared K/V have room for every token
