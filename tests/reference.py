@@ -322,7 +322,7 @@ def token_rows(w: Weights, config, rows, segments, run: Run, *, slots, max_depth
             logits = router_logits(w.routers[0], H1[t])
             run.router[b][0][t] = logits
             p[t] = probability(logits)
-            scores = p[t].detach() if w.balance_bias is None else p[t].detach() + w.balance_bias.to(p[t].dtype)
+            scores = (p[t] if w.balance_bias is None else p[t] + w.balance_bias.to(p[t].dtype)).detach()
             order = sorted(range(N), key=lambda i: -float(scores[i]))
             wanted[t] = order[0] + 1
             run.margin = min(run.margin, float(scores[order[0]] - scores[order[1]]))
