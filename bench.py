@@ -714,7 +714,7 @@ class Service:
             self.engine.submit([self.eot], n, temperature=1.0, seed=self.rng.getrandbits(32), on_token=hear)
 
     def warm_up(self) -> None:
-        """Compiles, then serves the first house, whose requests are of uneven lengths: later ones are of all ages."""
+        """Compiles, then serves first requests of uneven lengths, so that a window finds requests of all ages."""
         self.refill()
         first = list(self.engine.waiting)[: self.engine.slots]
         for request in first:

@@ -42,10 +42,10 @@ from model import KVCache, MoR, Pass, State
 
 
 class Graphs(dict[tuple, Callable]):
-    """Functions by key, compiled when first run and never again: a recompilation raises. On CUDA, functions of tensors
-    alone (decoding and serving stages, not prefill) are played back as CUDA graphs. freeze: on CPUs, weights are packed
-    into each graph as constants, and its kernels called from C++, which is faster and takes the weights' memory again.
-    compile=False runs functions as they are."""
+    """Functions by key, compiled when first run and never again: a recompilation raises. On CUDA, functions from
+    tensors to tensors (decoding and serving stages, not prefill) are played back as CUDA graphs. freeze: on CPUs,
+    weights are packed into each graph as constants, and its kernels called from C++, which is faster and takes the
+    weights' memory again. compile=False runs functions as they are."""
 
     def __init__(self, compile: bool, freeze: bool, device: torch.device):
         super().__init__()
@@ -58,19 +58,21 @@ class Graphs(dict[tuple, Callable]):
             return self[key](*args)
         options = dict(options={"guard_filter_fn": only_arguments}, isolate_recompiles=True, recompile_limit=1)
         compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
-        self[key] = played_back(compiled) if self.cuda and all(isinstance(x, Tensor) for x in args) else compiled
         # not among the options above, of which Dynamo would not hear: it has to leave the weights out of the inputs
         packed = {"freezing": self.freeze, "cpp.enable_concat_linear": self.freeze, "cpp_wrapper": self.freeze}
         # every index is clamped or was checked on the host; to check again takes a seventh of attention's time
         with torch._inductor.config.patch(packed | {"assert_indirect_indexing": False}):
-            return compiled(*args)
+            result = compiled(*args)
+        tensors = all(isinstance(x, Tensor) for x in (*args, *(result if isinstance(result, tuple) else (result,))))
+        self[key] = played_back(compiled) if self.cuda and tensors else compiled
+        return result
 
 
 def played_back(compiled: Callable) -> Callable:
-    """A function of tensors, compiled and run before, as a CUDA graph: recorded at its first call and played back from
-    then on, so that a step costs one launch, not one per kernel. What else it reads or changes must stay where it is.
-    (By hand, as mode="reduce-overhead" declines graphs that write to their inputs, such as caches, unless all of these
-    are marked, and overwrites its outputs too.)"""
+    """A function from tensors to tensors, compiled and run before, as a CUDA graph: recorded at its first call and
+    played back from then on, so that a step costs one launch, not one per kernel. What else it reads or changes must
+    stay where it is. (By hand, as mode="reduce-overhead" declines graphs that write to their inputs, such as caches,
+    unless all of these are marked, and overwrites its outputs too.)"""
     graph, inputs, outputs = None, (), ()
 
     def play(*args: Tensor):

@@ -15,8 +15,11 @@ evaluation, prefill and one-token decoding run through the same code; what diffe
 Shapes: B batch, T time, K tokens that run a recursion, D width (d_model), H query heads, G key/value heads, E head
 width, N recursions, L layers in the block, C cache slots, V vocabulary. Recursions count from 0.
 
+To route in another way, change `decide`: whatever boolean it gives, the rest follows. Where it looks only at a token
+and those before it, decoding stays equal to the full forward; the tests say so.
+
 In order: configuration, layers, attention, routers, loss, cache, the model (routing, training, cached inference, cost
-accounting, weights in).
+accounting, weights in). Attention on CPUs and weights in can be skipped on a first reading.
 """
 
 import json
@@ -739,9 +742,8 @@ class MoR(nn.Module):
                 func, alpha = c.gate
                 gate = alpha * (logit.sigmoid() if func == "sigmoid" else logit.softmax(-1))
                 choice = (gate + self.balance_bias.float() if c.balance == "bias" else gate).argmax(-1) + 1
-                share = (
-                    (choice[..., None] == torch.arange(1, c.n_recursion + 1, device=choice.device)).float().mean((0, 1))
-                )
+                depths = torch.arange(1, c.n_recursion + 1, device=choice.device)
+                share = (choice[..., None] == depths).float().mean((0, 1))
                 balance = c.n_recursion * (gate.mean((0, 1)) * share).sum()
                 s = s._replace(gate=gate, choice=choice, entry=s.x, logits=(logit.detach(),))
                 s = s._replace(balance=balance, z=logit.logsumexp(-1).square().mean())

@@ -59,7 +59,7 @@ def make_batch(config: MoRConfig, B: int = 2, T: int = 20, seed: int = 1) -> tup
 
 def relative(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b|."""
-    return float(((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12)).detach())
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12)).item()
 
 
 def load_golden(case: str) -> tuple[dict[str, Tensor], dict]:

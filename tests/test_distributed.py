@@ -170,6 +170,22 @@ def test_killed_worker_or_job_continues(flags, tmp_path, alone):
     kill_trials(flags, tmp_path, alone, 1, seed=0)
 
 
+def test_processes_on_gpus_join_by_nccl(monkeypatch):
+    """By stand-ins: each process takes its own GPU; tensors there travel by nccl, those in host memory by gloo."""
+    calls = []
+    for rank, name in ((3, "RANK"), (4, "WORLD_SIZE"), (1, "LOCAL_RANK")):
+        monkeypatch.setenv(name, str(rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: calls.append(("set_device", i)))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda p: calls.append(("precision", p)))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: calls.append((*args, kwargs)))
+    world = train.join_world(train.TrainConfig(data="data", out="out"))
+    joined = ("cpu:gloo,cuda:nccl", dict(store=None, rank=3, world_size=4))
+    assert calls == [("set_device", 1), ("precision", "high"), joined]
+    assert (world.device, world.rank, world.size) == (torch.device("cuda", 1), 3, 4)
+
+
 @pytest.mark.soak
 def test_twenty_killed_jobs(flags, tmp_path, alone):
     kill_trials(flags, tmp_path, alone, 20, seed=None)

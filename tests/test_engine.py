@@ -248,6 +248,17 @@ def test_decoding_on_cuda_plays_back_one_graph_per_step(cuda_graphs, name):
     assert greedy.replays == 2 * 12 - 1 and drawn.replays == 12 - 1  # the first step compiled
 
 
+def test_early_exit_on_cuda_is_not_played_back(cuda_graphs):
+    """Its stages hand over a State, whose tensors are of one step."""
+    model = model_of("expert")
+    decoder = Decoder(model, 2, MAX_LEN, slack=4, compile=False, early_exit=True)
+    decoder.graphs = Graphs(True, False, torch.device("cuda"))
+    for prompts in ([[1, 2, 3], [4]], [[9] * 11, [3, 2]]):
+        expected = generate(model, prompts, 12, slack=4, compile=False)
+        assert generate(model, prompts, 12, decoder=decoder)[:3] == expected[:3]
+    assert not cuda_graphs
+
+
 @pytest.mark.parametrize("name", ["vanilla", "expert", "expert-aux-share", "token"])
 def test_serving_on_cuda_plays_back_a_graph_per_stage(cuda_graphs, name):
     model = model_of(name)

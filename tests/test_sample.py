@@ -4,6 +4,8 @@ import base64
 import gc
 import io
 import json
+import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +190,21 @@ def test_memory_is_flat_over_many_requests():
         gc.collect()
         counts.append(sum(type(x) is torch.Tensor for x in gc.get_objects()))
     assert len(set(counts[10:])) == 1
+
+
+@pytest.mark.soak
+def test_a_thousand_requests_leave_memory_flat_and_compile_nothing():
+    decoder, rng = Decoder(some_model("expert", n_layer=5), 2, 48, slack=4), random.Random(0)
+
+    def serve(n: int) -> int:
+        for _ in range(n):
+            prompts = [[rng.randrange(VOCAB)] * rng.randint(1, 40) for _ in range(rng.randint(1, 2))]
+            generate(decoder.model, prompts, rng.randint(1, 8), decoder=decoder)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    peak, graphs = serve(200), dict(decoder.graphs)
+    assert serve(1000) < 1.01 * peak
+    assert decoder.graphs == graphs  # none is new, and a graph that compiled again would have raised
 
 
 def test_overflow_is_counted_and_generation_goes_on():
