@@ -1,6 +1,7 @@
 """Shared by all tests: models whose routing is decided clearly, golden vectors, and a clean compiler."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from model import MoR, MoRConfig  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background, where programs under test would too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("nanomor", derandomize=True, deadline=None, database=None)
 settings.load_profile("nanomor")

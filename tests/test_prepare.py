@@ -541,7 +541,7 @@ def test_interruption_leaves_nothing(corpus, capsys, signum):
             run("corpus.jsonl", *flags)
         assert "another prepare.py is writing it" in capsys.readouterr().err
         process.send_signal(signum)
-        err = process.communicate()[1]
+        err = process.communicate(timeout=60)[1]
     assert not Path("d").exists()
     if signum == signal.SIGINT:
         assert process.returncode == 130 and err == "interrupted: nothing was written\n"
