@@ -50,9 +50,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as model_file
+from cli import Parser, fail
 from engine import Engine, Graphs
 from model import PRESETS, Layer, MoR, MoRConfig, Pass
-from prepare import Parser, fail
 from sample import Decoder, generate, load_run
 
 KINDS = {

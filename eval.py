@@ -50,8 +50,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import prepare
+from cli import Parser, fail
 from model import MoR, MoRConfig, Pass
-from prepare import Parser, Shards, fail, load_meta, load_tokenizer
+from prepare import Shards, load_meta, load_tokenizer
 from sample import generate, heatmap, load_run, read_text, run_tokenizer, token_bytes
 
 THRESHOLDS = (0.01, 0.1, 0.5, 0.9, 0.99)

@@ -49,11 +49,12 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import tiktoken
 import tiktoken.load
+
+from cli import Parser, fail
 
 EOT = "<|endoftext|>"
 # GPT-2's split pattern in tiktoken's spelling: equivalent to the original and to HF's ByteLevel, but faster
@@ -72,19 +73,6 @@ PROBE = "The fox can't jump 12345 times,\n\tself.x  = [0x1F] \n 7;\r\n na\u00efv
 SHARD_FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 HEADER_BYTES = 1024
 COMPRESSED = (".gz", ".zst")
-
-
-def fail(message: str) -> NoReturn:
-    """End the program over a user's mistake: one `error:` line, exit status 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the same one-line errors as everything else."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see {self.prog} --help)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

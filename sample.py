@@ -37,9 +37,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import Parser, fail
 from engine import Engine, Graphs, Request, bucket, draw, prefill, setting_errors
 from model import KVCache, MoR, MoRConfig, Pass, State
-from prepare import Parser, fail, load_tokenizer
+from prepare import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints

@@ -55,10 +55,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bench import DTYPES, matmul_peak
+from cli import Parser, fail, flag
 from eval import Measured, fractions, measure, rounded, router_metrics
 from model import CHOICES as MODEL_CHOICES
 from model import PRESETS, MoR, MoRConfig, Output
-from prepare import Parser, Shards, check_tokenizer, fail, load_meta, load_tokenizer, tokenizer_file
+from prepare import Shards, check_tokenizer, load_meta, load_tokenizer, tokenizer_file
 from sample import DAMAGE, checkpoints, load_run, read_checkpoint, step_of
 
 MODEL_DEFAULTS = dict(router="expert", n_recursion=3)  # what "a MoR" means when no flag says otherwise
@@ -119,10 +120,6 @@ class TrainConfig:
         bad = [f"{flag(k)} {values[k]} must be at least {n}" for k, n in least.items() if not n <= values[k] < math.inf]
         positive = [k for k in ("lr", "clip") if not 0 < values[k] < math.inf]
         return bad + [f"{flag(k)} {values[k]} must be a finite number > 0" for k in positive]
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def numbers(text: str) -> tuple[float, ...]:
