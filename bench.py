@@ -50,10 +50,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as model_file
+from checkpoint import load_run
 from cli import Parser, fail
-from engine import Engine, Graphs
+from engine import Engine
+from generate import Decoder, Graphs, generate
 from model import PRESETS, Layer, MoR, MoRConfig, Pass
-from sample import Decoder, generate, load_run
+from train import DTYPES, matmul_peak
 
 KINDS = {
     "vanilla": {},
@@ -62,7 +64,6 @@ KINDS = {
     "share": dict(router="expert", kv="share"),
     "token": dict(router="token"),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 QUICK = dict(vocab_size=256, n_layer=4, n_head=2, n_kv_head=1, d_model=64, d_ff=128)
 
 # What the paper reports: parameters without embedding (Table 6), and forward FLOPs against vanilla at equal tokens,
@@ -189,16 +190,6 @@ def spread(seconds: list[float]) -> float:
 def ratio(a: list[float], b: list[float]) -> float:
     """Median over rounds of a / b."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
-    """FLOP/s of a large square matrix product, the best of as many as fit: what "of peak" refers to."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        best = min(best, *stopwatch([lambda: (a @ b)[0, 0].item()], device))  # .item() waits, on any device
-    return 2 * n**3 / best
 
 
 def in_fresh_process(function: Callable, *args, env: dict[str, str]) -> Any:

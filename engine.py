@@ -23,8 +23,6 @@ Shapes: S slots (resident requests; one more row is scratch for unused lanes), W
 """
 
 import copy
-import math
-import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,139 +30,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch._inductor.config
 from torch import Tensor
 
+from generate import Graphs, draw, prefill, setting_errors
 from model import KVCache, MoR, Pass, State
-
-# ----------------------------------------------------------------------------------------------------------------------
-# compiled functions
-
-
-class Graphs(dict[tuple, Callable]):
-    """Functions by key, compiled when first run and never again: a recompilation raises. On CUDA, functions from
-    tensors to tensors (decoding and serving stages, not prefill) are played back as CUDA graphs. freeze: on CPUs,
-    weights are packed into each graph as constants, and its kernels called from C++, which is faster and takes the
-    weights' memory again. compile=False runs functions as they are."""
-
-    def __init__(self, compile: bool, freeze: bool, device: torch.device):
-        super().__init__()
-        self.compile, self.freeze, self.cuda = compile, freeze and device.type == "cpu", device.type == "cuda"
-
-    def run(self, key: tuple, function: Callable, *args):
-        if not self.compile:
-            return function(*args)
-        if key in self:
-            return self[key](*args)
-        options = dict(options={"guard_filter_fn": only_arguments}, isolate_recompiles=True, recompile_limit=1)
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
-        # not among the options above, of which Dynamo would not hear: it has to leave the weights out of the inputs
-        packed = {"freezing": self.freeze, "cpp.enable_concat_linear": self.freeze, "cpp_wrapper": self.freeze}
-        # every index is clamped or was checked on the host; to check again takes a seventh of attention's time
-        with torch._inductor.config.patch(packed | {"assert_indirect_indexing": False}):
-            result = compiled(*args)
-        tensors = all(isinstance(x, Tensor) for x in (*args, *(result if isinstance(result, tuple) else (result,))))
-        self[key] = played_back(compiled) if self.cuda and tensors else compiled
-        return result
-
-
-def played_back(compiled: Callable) -> Callable:
-    """A function from tensors to tensors, compiled and run before, as a CUDA graph: recorded at its first call and
-    played back from then on, so that a step costs one launch, not one per kernel. What else it reads or changes must
-    stay where it is. (By hand, as mode="reduce-overhead" declines graphs that write to their inputs, such as caches,
-    unless all of these are marked, and overwrites its outputs too.)"""
-    graph, inputs, outputs = None, (), ()
-
-    def play(*args: Tensor):
-        nonlocal graph, inputs, outputs
-        if graph is None:
-            graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in args]
-            with torch.cuda.graph(graph):  # notes the kernels, and runs none
-                outputs = compiled(*inputs)
-        for mine, given in zip(inputs, args, strict=True):
-            mine.copy_(given)
-        graph.replay()
-        return outputs.clone() if isinstance(outputs, Tensor) else tuple(x.clone() for x in outputs)
-
-    return play
-
-
-def only_arguments(guards: list) -> list[bool]:
-    """What may change between calls is the arguments: looking at each weight and each field of the model as well would
-    take a twentieth of a stage's time. So a model must not change while it has graphs."""
-    return [re.fullmatch(r"L\['\w+'\]", guard.name) is not None for guard in guards]
-
-
-def bucket(n: int, limit: int) -> int:
-    """The padded length for n tokens: few lengths, so few graphs, and from 16 up less than 25 % padding."""
-    size = min(16, limit)
-    while size < n:
-        size = min(limit, size * 4 // 3 // 4 * 4)
-    return size
-
-
-def prefill(graphs: Graphs, model: MoR, prompts: list[list[int]], cache: KVCache) -> Tensor:
-    """Prompts into the first rows of a cache, padded to a bucket -> logits [B, V] at each row's last token."""
-    lengths = [len(p) for p in prompts] + [1] * (cache.batch - len(prompts))  # a row without a prompt gets some token
-    idx = torch.zeros(cache.batch, bucket(max(lengths), cache.max_len), dtype=torch.long)
-    for row, prompt in zip(idx, prompts, strict=False):
-        row[: len(prompt)] = torch.tensor(prompt)
-    args = idx.to(cache.position.device), torch.tensor(lengths, device=cache.position.device), cache
-    # long prompts compute only what routing should admit, and if it admitted more, again without that
-    if idx.size(1) >= 128 and model.config.router != "none":
-        logits = graphs.run(("prefill", idx.size(1), True), lambda i, n, c: model.prefill(i, n, c, tight=True), *args)
-        if not cache.short:
-            return logits
-    return graphs.run(("prefill", idx.size(1), False), lambda i, n, c: model.prefill(i, n, c), *args)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# drawing a token
-
-
-def uniform(seed: Tensor, position: Tensor, V: int) -> Tensor:
-    """Noise in (0, 1), fp32 [B, V], hashed from seed [B], position [B] and token. There is no generator state, so a row
-    draws the same whatever runs beside it, on any device, compiled or not."""
-
-    def mix(x: Tensor) -> Tensor:  # 32 bits in int64, where the products cannot overflow
-        x = (((x >> 16) ^ x) * 0x45D9F3B) & 0xFFFFFFFF
-        x = (((x >> 15) ^ x) * 0x2C1B3C6D) & 0xFFFFFFFF
-        return (x >> 16) ^ x
-
-    # one round per row, one per token: more would cost minutes of compiling, since Inductor inlines them all
-    key = mix(seed * 0x9E3779B1 + position * 0x632BE5AB & 0xFFFFFFFF)[:, None]
-    x = mix((key + torch.arange(V, device=seed.device) * 0x1B873593) & 0xFFFFFFFF)
-    return ((x >> 9).float() + 0.5) * 2.0**-23
-
-
-def draw(logits: Tensor, knobs: dict[str, Tensor], position: Tensor, filtered: bool | None) -> Tensor:
-    """Tokens [B] from logits [B, V] by each row's temperature (0: greedy), top_k and top_p, tensors [B] like the seed.
-
-    Softmax over exponential noise, whose argmax is a sample: no multinomial, no host sync. Where top-k and top-p cut is
-    found by bisecting the bits of the distance to the best logit (floats >= 0 sort like their bits): exact, keeps ties,
-    and several times faster than a sort. filtered=False leaves it out, None all but the argmax."""
-    if filtered is None:
-        return logits.argmax(-1)
-    temperature = knobs["temperature"][:, None]
-    z = logits.float() / torch.where(temperature > 0, temperature, 1.0)
-    gap = z.amax(-1, keepdim=True) - z
-    weight = torch.exp(-gap)
-    if filtered:
-        bits = gap.view(torch.int32)
-
-        def cut(weight: Tensor, target: Tensor) -> Tensor:
-            """The smallest bits t [B, 1] such that the tokens with bits <= t weigh at least target [B]."""
-            t = torch.zeros_like(bits[:, :1])
-            for power in range(30, -1, -1):
-                trial = t + (1 << power)
-                t = torch.where((weight * (bits < trial)).sum(-1, keepdim=True) < target[:, None], trial, t)
-            return t
-
-        weight = weight * (bits <= cut(torch.ones_like(weight), knobs["top_k"]))
-        weight = weight * (bits <= cut(weight, knobs["top_p"] * weight.sum(-1)))
-    noise = -torch.log(uniform(knobs["seed"], position, z.size(1)))
-    return (weight / torch.where(temperature > 0, noise, 1.0)).argmax(-1)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # serving
@@ -196,16 +65,6 @@ class Run(NamedTuple):
     seconds: float
     rows: int
     recursions: list[int] | None = None  # block: rows in each recursion
-
-
-def setting_errors(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> list[str]:
-    rules = [
-        (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1"),
-        (0 <= temperature < math.inf, f"temperature={temperature} must be a number >= 0 (0: always the likeliest)"),
-        (top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1"),
-        (0 < top_p <= 1, f"top_p={top_p} must lie in (0, 1]"),
-    ]
-    return [complaint for holds, complaint in rules if not holds]
 
 
 class Engine:

@@ -32,7 +32,6 @@ Shapes: E blocks, T time, N recursions, V vocabulary.
 import difflib
 import json
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -50,10 +49,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import prepare
+from checkpoint import export, from_pretrained, load_run, run_tokenizer
 from cli import Parser, fail
+from generate import generate
 from model import MoR, MoRConfig, Pass
 from prepare import Shards, load_meta, load_tokenizer
-from sample import generate, heatmap, load_run, read_text, run_tokenizer, token_bytes
+from sample import read_text
+from show import heatmap, token_bytes
 
 THRESHOLDS = (0.01, 0.1, 0.5, 0.9, 0.99)
 NORMALISED = ("hellaswag", "piqa", "arc_easy", "arc_challenge")  # accuracy by byte length of the answer
@@ -427,50 +429,6 @@ def tidy(name: str, result: dict) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# weights out
-
-
-def export(run: str, target: Path) -> None:
-    """A run as config.json, model.safetensors and tokenizer.json. Without router: an unrolled Hugging Face Llama, which
-    transformers reads. With one: the layout of the authors' checkpoints. MoR.from_pretrained reads both."""
-    from safetensors.torch import save_file
-
-    if not target.name or target.exists() and (not target.is_dir() or any(target.iterdir())):
-        fail(f"{target} exists already: name a new directory")
-    model, meta, checkpoint = load_run(run)
-    enc = run_tokenizer(run, checkpoint)
-    c, own, sd, llama = model.config, model.state_dict(), {}, model.config.router == "none"
-    for theirs, ours in model.reference_names().items():
-        tied = theirs == "lm_head.weight" and c.tie_embeddings
-        if not tied and (llama or ours not in sd.values()):  # a Llama has no tied layers: they are repeated
-            sd[theirs] = ours
-    config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab_size, hidden_size=c.d_model,
-        intermediate_size=c.d_ff, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, head_dim=c.head_dim,
-        num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta, rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), hidden_act="silu",
-        attention_bias=False, mlp_bias=False, tie_word_embeddings=c.tie_embeddings, torch_dtype="float32",
-        bos_token_id=meta["eot"], eos_token_id=meta["eot"],
-    )  # fmt: skip
-    if not llama:
-        config = dict(model_type="nanomor", model=c.asdict())
-    partial = target.with_name(target.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({k: own[v].clone() for k, v in sd.items()}, partial / "model.safetensors", {"format": "pt"})
-        (partial / "config.json").write_text(json.dumps(config, indent=1))
-        prepare.save_tokenizer(enc, partial)
-        partial.replace(target)
-    except OSError as e:
-        fail(f"{target}: cannot be written ({e.strerror})")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    kind = "a Hugging Face Llama" if llama else "safetensors in the layout of the authors' checkpoints"
-    print(f"{target}: {kind}, {model.num_params(embedding=True):,} parameters")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # command line
 
 
@@ -512,7 +470,7 @@ def open_model(args) -> tuple[MoR, dict, tiktoken.Encoding]:
     if not args.data and (args.tasks is None or not prepare.tokenizer_file(args.run)):
         fail(f"{args.run} holds weights alone: name the data with --data")
     try:
-        model = MoR.from_pretrained(args.run)
+        model = from_pretrained(args.run)
     except ValueError as e:
         fail(str(e))
     enc = load_tokenizer(args.data or args.run)

@@ -22,12 +22,10 @@ In order: configuration, layers, attention, routers, loss, cache, the model (rou
 accounting, weights in). Attention on CPUs and weights in can be skipped on a first reading.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -1068,166 +1066,17 @@ class MoR(nn.Module):
         slots = c.n_unshared * T + c.n_block * sum(c.cache_slots(T, 1.0))
         return 2 * batch * slots * c.n_kv_head * c.head_dim * dtype.itemsize
 
-    # ---- weights in
-
-    def reference_names(self) -> dict[str, str]:
-        """Names in the authors' checkpoints (plain Llama for vanilla) -> ours; tied copies have many names."""
-        c, n, L = self.config, self.config.n_recursion, self.config.n_block
-        names = {"model.embed_tokens.weight": "wte.weight", "model.norm.weight": "norm.weight"}
-        names["lm_head.weight"] = "wte.weight" if c.tie_embeddings else "lm_head.weight"
-        off = 1 if c.n_unshared else 0
-        layers = {}  # their prefix -> ours
-        for u in range(n * L):
-            r, j = divmod(u, L)
-            theirs = {"none": f"{off + u}", "expert": f"{off + r}.block.{j}", "token": f"{off}.block_list.{r}.{j}"}
-            layers[theirs[c.router]] = f"block.{u // n if 'sequence' in c.sharing else j}"
-        if c.n_unshared:
-            behind = {"none": n * L, "expert": n, "token": 1}[c.router]
-            layers |= {"0": "first", f"{1 + behind}": "last"}
-        for theirs, ours in layers.items():
-            for a, b in REFERENCE_LAYER.items():
-                names[f"model.layers.{theirs}.{a}.weight"] = f"{ours}.{b}.weight"
-        for net in [""] if c.router_arch == "linear" else [".0", ".2"]:
-            if c.router == "token":
-                names[f"model.layers.{off}.mor_router.router{net}.weight"] = f"router.net{net}.weight"
-            for r in range(n if c.router == "expert" else 0):
-                names[f"model.layers.{off + r}.mor_router.router{net}.weight"] = f"routers.{r}.net{net}.weight"
-                if c.causality == "aux_router":
-                    names[f"model.layers.{off + r}.mlp_router.router{net}.weight"] = f"aux_routers.{r}.net{net}.weight"
-        if c.router == "token" and c.balance == "bias":
-            names[f"model.layers.{off}.router_bias"] = "balance_bias"
-        return names
+    # ---- weights of others (checkpoint.py reads them)
 
     def load_reference_state_dict(self, sd: Mapping[str, Tensor]) -> None:
-        """Loads the authors' checkpoint layout, or a plain Llama's into a vanilla model; tied tensors may be there once
-        or repeated. Raises one ValueError that lists all missing, surplus, wrongly shaped and disagreeing tensors; the
-        model is then unchanged."""
-        names, own, bad, found = self.reference_names(), self.state_dict(), [], {}
-        for theirs, tensor in sd.items():
-            ours = names.get(theirs)
-            if theirs.endswith("rotary_emb.inv_freq"):
-                continue  # a constant that old Llama checkpoints carry
-            elif ours is None:
-                bad.append(f"surplus tensor {theirs}")
-            elif tensor.shape != own[ours].shape:
-                bad.append(f"{theirs} has shape {tuple(tensor.shape)}, the model needs {tuple(own[ours].shape)}")
-            elif not torch.equal(sd[found.setdefault(ours, theirs)], tensor):
-                bad.append(f"{theirs} disagrees with {found[ours]}, to which it is tied")
-        for ours in own.keys() - found.keys():
-            theirs = [name for name, target in names.items() if target == ours]
-            if not any(name in sd for name in theirs):
-                bad.append(f"missing tensor {theirs[0]}")
-        if bad:
-            raise ValueError("; ".join(sorted(bad)))
-        self.load_state_dict({ours: sd[theirs] for ours, theirs in found.items()})
+        """Loads weights in the authors' layout: checkpoint.load_reference_state_dict."""
+        from checkpoint import load_reference_state_dict
+
+        load_reference_state_dict(self, sd)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, init: str = "stepwise", **overrides) -> "MoR":
-        """Weights of a directory with config.json and safetensors: a Hugging Face Llama, or what `eval.py export`
-        wrote. `overrides` are MoRConfig fields. A Llama gives the vanilla model; with n_recursion > 1 first and last
-        layer stay, routers are new, and the shared block starts from the layers between (Relaxed Recursive
-        Transformers, arXiv 2410.20672; paper Table 12):
+    def from_pretrained(cls, path, init: str = "stepwise", **overrides) -> "MoR":
+        """Returns the model in a directory: checkpoint.from_pretrained."""
+        from checkpoint import from_pretrained
 
-            stepwise  evenly spaced layers, the outermost included   average  the mean of the layers that become one
-            lower     the lowest layers                              upper    the highest
-
-        init="reference": the file holds the authors' layout of the model that `overrides` describe. Raises ValueError
-        for whatever does not fit."""
-        settings, weights, ours = read_pretrained(Path(path))
-        given = {f: overrides[f] for f in PRETRAINED if overrides.get(f, settings[f]) != settings[f]}
-        if given:
-            theirs = {f: settings[f] for f in given}
-            raise ValueError(f"{given} must be what the weights in {path} have: {theirs}")
-        config = MoRConfig.resized(settings, overrides)
-        if ours or init == "reference" or config.n_recursion == 1:
-            model = cls(config)
-            model.load_reference_state_dict(weights)
-            return model
-        source = cls(MoRConfig(**settings))
-        source.load_reference_state_dict(weights)
-        layers = [layer.state_dict() for layer in source.block]
-        first, last, middle = layers[0], layers[-1], layers[1:-1] if config.n_unshared else layers
-        M, L, N = len(middle), config.n_block, config.n_recursion
-        if M < L:
-            raise ValueError(f"n_layer={config.n_layer} asks for a block of {L} layers, {path} has {M}: lower n_layer")
-
-        def spread(n: int) -> list[int]:  # n of the M layers, evenly
-            return [round(i * (M - 1) / max(1, n - 1)) for i in range(n)]
-
-        tied = [[u for u in range(N * L) if j == (u // N if "sequence" in config.sharing else u % L)] for j in range(L)]
-        picks = {
-            "stepwise": [[i] for i in spread(L)],
-            "average": [[spread(N * L)[u] for u in places] for places in tied],
-            "lower": [[j] for j in range(L)],
-            "upper": [[M - L + j] for j in range(L)],
-        }
-        if init not in picks:
-            raise ValueError(f"init={init!r} must be one of {', '.join(picks)}, reference")
-        model = cls(config)
-        for layer, pick in zip(model.block, picks[init], strict=True):
-            layer.load_state_dict({name: torch.stack([middle[i][name] for i in pick]).mean(0) for name in first})
-        if config.n_unshared:
-            model.first.load_state_dict(first)
-            model.last.load_state_dict(last)
-        for name in ("wte", "norm", "lm_head"):
-            if getattr(model, name) is not None:
-                getattr(model, name).load_state_dict(getattr(source, name).state_dict())
-        return model
-
-
-REFERENCE_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "wq",
-    "self_attn.k_proj": "wk",
-    "self_attn.v_proj": "wv",
-    "self_attn.o_proj": "wo",
-    "post_attention_layernorm": "mlp_norm",
-    "mlp.gate_proj": "w_gate",
-    "mlp.up_proj": "w_up",
-    "mlp.down_proj": "w_down",
-}
-
-
-PRETRAINED = "vocab_size n_head n_kv_head d_model d_ff rope_theta norm_eps tie_embeddings".split()
-
-
-def read_pretrained(path: Path) -> tuple[dict, dict[str, Tensor], bool]:
-    """config.json and safetensors of a directory -> (fields of MoRConfig, tensors, whether `eval.py export` wrote them
-    rather than transformers). Raises ValueError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights, file = {}, path / "config.json"
-    try:
-        c = json.loads(file.read_text())
-        file = path / "model.safetensors.index.json"  # several files
-        names = set(json.loads(file.read_text())["weight_map"].values()) if file.exists() else {"model.safetensors"}
-        for name in sorted(names):
-            file = path / name
-            weights |= load_file(file)
-        if c.get("model_type") == "nanomor":
-            return c["model"], weights, True
-        file = path / "config.json"
-        width = c["hidden_size"] // c["num_attention_heads"]
-        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        settings = dict(
-            vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"], n_layer=c["num_hidden_layers"],
-            n_head=c["num_attention_heads"], n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
-            d_model=c["hidden_size"], d_ff=c["intermediate_size"], norm_eps=c["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 1e4,
-            tie_embeddings=c.get("tie_word_embeddings", False),
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
-        raise ValueError(f"{file} is not a part of a Hugging Face Llama ({type(e).__name__}: {e})") from e
-    needs = [  # what of a Llama's config.json this model has no switch for
-        ("model_type", c.get("model_type"), "llama"),
-        ("hidden_act", c.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", c.get("attention_bias") or False, False),
-        ("mlp_bias", c.get("mlp_bias") or False, False),
-        ("head_dim", c.get("head_dim") or width, width),
-        ("rope_type", rope.get("rope_type") or rope.get("type") or "default", "default"),
-    ]
-    wrong = [f"{name}={value!r} must be {must!r}" for name, value, must in needs if value != must]
-    if wrong:
-        raise ValueError(f"{file}: {', '.join(wrong)}")
-    return settings, weights, False
+        return from_pretrained(path, init, **overrides)

@@ -27,7 +27,6 @@ Shapes: B sequences, T time, N recursions, E evaluation blocks. A step is a glob
 into micro-batches of at most `micro_batch` sequences; which sequences it holds does not depend on the processes.
 """
 
-import hashlib
 import inspect
 import json
 import math
@@ -41,7 +40,7 @@ import time
 import warnings
 from argparse import SUPPRESS, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,16 +53,25 @@ from torch.distributed.checkpoint import state_dict as gathered
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bench import DTYPES, matmul_peak
+from checkpoint import (
+    DAMAGE,
+    checkpoints,
+    from_pretrained,
+    load_run,
+    read_checkpoint,
+    step_of,
+    write_state,
+    written_at_once,
+)
 from cli import Parser, fail, flag
 from eval import Measured, fractions, measure, rounded, router_metrics
 from model import CHOICES as MODEL_CHOICES
 from model import PRESETS, MoR, MoRConfig, Output
 from prepare import Shards, check_tokenizer, load_meta, load_tokenizer, tokenizer_file
-from sample import DAMAGE, checkpoints, load_run, read_checkpoint, step_of
 
 MODEL_DEFAULTS = dict(router="expert", n_recursion=3)  # what "a MoR" means when no flag says otherwise
 TERMS = ("lm", "aux", "balance", "z")  # of Output.losses
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHOICES = {
     "preset": tuple(PRESETS),
     "init": ("stepwise", "average", "lower", "upper", "reference"),
@@ -286,7 +294,7 @@ def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig,
         else:
             torch.manual_seed(cfg.seed)  # of new routers
             own = path.is_file() or any(path.glob("ckpt_*.pt"))
-            model, theirs, _ = load_run(path) if own else (MoR.from_pretrained(path, cfg.init, **given), meta, None)
+            model, theirs, _ = load_run(path) if own else (from_pretrained(path, cfg.init, **given), meta, None)
             config, remedy = replace(model.config, **given), "prepare the data with the tokenizer of the weights"
     except ValueError as e:
         fail(str(e)[:400])
@@ -407,6 +415,18 @@ def sync_gradients(wrapped: torch.nn.Module, last: bool) -> None:
     elif isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
         wrapped.set_reshard_after_backward(last)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
+    """FLOP/s of a large square matrix product, the best of as many as fit: what "of peak" refers to."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits, on any device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 def make_optimizer(model: MoR, cfg: TrainConfig) -> torch.optim.AdamW:
@@ -597,31 +617,6 @@ def write_checkpoint(run: Run, state: dict) -> None:
                 path.unlink()
     except (OSError, RuntimeError) as e:
         fail(f"cannot save the checkpoint of step {step} in {run.out}: {e}; earlier checkpoints are intact")
-
-
-def write_state(f, state: dict) -> None:
-    """What torch.save makes, and behind it the digest of that, which torch.load does not mind. The checksums inside the
-    file would not do: torch.load ignores them, and damage to its directory goes past them."""
-    torch.save(state, f)
-    f.flush()
-    f.write(hashlib.sha256(np.memmap(f.name, np.uint8, "r")).digest())
-
-
-@contextmanager
-def written_at_once(path: Path):
-    """A binary file to write, which takes the place of `path` once all of it is on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the rename itself must survive a power cut
-    os.close(directory)
 
 
 def inside(path: str | Path, out: str | Path) -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from test_train import losses, uptrain, write_data, write_llama
 
+import checkpoint
 import train
 
 STEPS = 6
@@ -159,7 +160,7 @@ def kill_trials(flags, tmp_path, alone, trials, seed):
         args = flags(out, "--save-every", 1)
         code, output = finish(args, out, float(rng.uniform(0, 0.4)), rng)
         for path in out.glob("ckpt_*.pt"):
-            train.read_checkpoint(path)
+            checkpoint.read_checkpoint(path)
         if code != 0:  # the whole job was killed
             code, output = finish(args, out, None, rng)
         assert code == 0, output

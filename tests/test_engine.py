@@ -8,9 +8,9 @@ from conftest import make_model, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import Engine, Graphs
+from engine import Engine
+from generate import Decoder, Graphs, generate
 from model import MoR
-from sample import Decoder, generate
 
 VARIANTS = {
     "vanilla": dict(n_layer=3),

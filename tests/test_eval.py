@@ -15,8 +15,8 @@ from conftest import make_model, tiny
 
 import eval as evaluation
 import prepare
+from checkpoint import write_state
 from model import MoR
-from train import write_state
 
 WORDS = "the model routes each token to a depth and reads its own cache again before it answers".split()
 KINDS = {

@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, make_model, tiny
 
-from engine import Graphs, bucket, draw, uniform
+from checkpoint import load_run, run_tokenizer, write_state
+from generate import Decoder, Graphs, bucket, draw, generate, uniform
 from model import MoR
-from sample import Decoder, Painter, generate, load_run, main, run_tokenizer
-from train import write_state
+from sample import main
+from show import Painter
 
 WORDS = [bytes([i]) for i in range(256)] + [b"th", b"he", b" t", b"in"]
 VOCAB, EOT = len(WORDS) + 1, len(WORDS)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import eval
+import checkpoint
 import train
 from model import MoRConfig
 from prepare import Shards
@@ -441,7 +441,7 @@ def test_twenty_kills(data, tmp_path, straight):
             kills += run_and_kill(data, out, delay)[0] == -signal.SIGKILL
             during_save += bool(list(out.glob("*.pt.tmp")))
             for path in out.glob("ckpt_*.pt"):
-                train.read_checkpoint(path)
+                checkpoint.read_checkpoint(path)
             assert not good or list(out.glob("ckpt_*.pt"))
         code, error = run_and_kill(data, out, None)
         assert code == 0, error
@@ -578,7 +578,7 @@ def test_uptraining_from_a_run_and_its_export(tmp_path, capfd):
     write_byte_tokenizer(data)
     out, exported = tmp_path / "run", tmp_path / "exported"
     train.main(flags(data, out, "--steps", 3, "--vocab-size", 257))
-    eval.export(str(out), exported)
+    checkpoint.export(str(out), exported)
     torch.manual_seed(0)
     model = train.MoR.from_pretrained(exported)
     expected = model(*first_batch(data)).loss.item()
@@ -624,14 +624,14 @@ def test_pruning_spares_what_is_not_its_own(tmp_path):
         train.write_checkpoint(run, dict(step=step, best_step=-1))
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["ckpt_000011.pt", "ckpt_000020.pt", "ckpt_of_mine.pt"]
-    assert train.read_checkpoint(tmp_path / "ckpt_000011.pt")["step"] == 11
+    assert checkpoint.read_checkpoint(tmp_path / "ckpt_000011.pt")["step"] == 11
 
 
 def test_damage_is_found(straight, tmp_path):
     """Truncated at 50 lengths, and with one byte changed at 50 places, half of them in the directory at its end, which
     holds the names, sizes and offsets of the tensors."""
     whole, path = (straight / "ckpt_000012.pt").read_bytes(), tmp_path / "ckpt_000001.pt"
-    assert train.read_checkpoint(straight / "ckpt_000012.pt")["step"] == 12
+    assert checkpoint.read_checkpoint(straight / "ckpt_000012.pt")["step"] == 12
     rng = np.random.default_rng(0)
     for i in range(100):
         place = int(rng.integers(len(whole) - 12000 if i % 4 == 1 else 0, len(whole)))
@@ -639,7 +639,7 @@ def test_damage_is_found(straight, tmp_path):
         data[place] ^= int(rng.integers(1, 256))
         path.write_bytes(data if i % 2 else whole[:place])
         with pytest.raises(train.DAMAGE):
-            train.read_checkpoint(path)
+            checkpoint.read_checkpoint(path)
 
 
 def test_falls_back_to_the_checkpoint_before(data, tmp_path, straight, capfd):
@@ -686,6 +686,6 @@ def test_full_tmpfs(data, tmp_path, straight):
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert os.strerror(errno.ENOSPC) in done.stderr or "cannot save the checkpoint" in done.stderr
         kept = sorted((mounted / "run").glob("ckpt_*"))
-        assert kept and all(train.read_checkpoint(path) for path in kept)
+        assert kept and all(checkpoint.read_checkpoint(path) for path in kept)
     finally:
         subprocess.run(["umount", str(mounted)])
