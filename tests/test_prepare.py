@@ -220,7 +220,7 @@ def test_all_kinds_of_files_hold_the_same_documents(corpus):
         assert [t.strip() for t in prepare.read_documents([Path(name)], "text")] == [t.strip() for t in texts], name
     for name in ("f.parquet", "g.parquet.gz"):
         assert list(prepare.read_documents([Path(name)], "body")) == texts, name
-    assert prepare.resolve(["*.jsonl*", "hf:a/b:c"]) == [
+    assert prepare.resolve_sources(["*.jsonl*", "hf:a/b:c"]) == [
         Path(n) for n in ("b.jsonl.gz", "c.jsonl.zst", "corpus.jsonl")
     ] + ["hf:a/b:c"]
     Path("set").mkdir()
@@ -232,7 +232,7 @@ def test_long_text_is_cut_at_blank_lines(tmp_path):
     path = tmp_path / "book.txt"
     paragraphs = ["".join(make_text(i) for i in range(5)) + "\n"] * 100
     path.write_text("".join(paragraphs) + "x" * 3_000_000)
-    pieces = list(prepare.txt_documents(path, ""))
+    pieces = list(prepare.read_txt(path, ""))
     assert "".join(pieces) == path.read_text()
     assert all(p.endswith("\n\n") and 1 << 14 <= len(p) < 20_000 for p in pieces[:-3])
     assert max(map(len, pieces)) < 2 << 20 and len(pieces) > 10  # one endless line does not fill the memory
@@ -258,7 +258,7 @@ def test_max_tokens(corpus):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of modules that are imported for their docstrings
 def test_python_source():
-    texts = list(prepare.python_documents())
+    texts = list(prepare.read_python())
     joined = "\n".join(texts)
     assert sum(map(len, texts)) > 5e6
     assert "class ArgumentParser" in joined and "Return the arc cosine" in joined and "augmented assignment" in joined
@@ -458,11 +458,11 @@ def test_every_mistake_is_one_line(corpus, capsys, monkeypatch):
         "--val-fraction: 0 is not between 0 and 1": ["corpus.jsonl", "--val-fraction", "0"],
         "--val-fraction: 1.5 is not": ["corpus.jsonl", "--val-fraction", "1.5"],
         "--val-fraction: nan is not": ["corpus.jsonl", "--val-fraction", "nan"],
-        "invalid fraction value: 'x'": ["corpus.jsonl", "--val-fraction", "x"],
+        "--val-fraction: x is not between": ["corpus.jsonl", "--val-fraction", "x"],
         "none of the 40 documents is in val: --val-fraction 0.": ["corpus.jsonl", "--val-fraction", "1e-9", *bpe],
         "all 40 documents are in val: --val-fraction 0.": ["corpus.jsonl", "--val-fraction", "0.99999", *bpe],
         "--threads: 0 is not a number": ["corpus.jsonl", "--threads", "0"],
-        "--max-tokens: inf is not a number": ["corpus.jsonl", "--max-tokens", "inf"],
+        "--max-tokens: inf is not a whole number": ["corpus.jsonl", "--max-tokens", "inf"],
         "int32": ["corpus.jsonl", "--shard-tokens", "1e10", *bpe],
         "unrecognized arguments: --vocab": ["corpus.jsonl", "--vocab", "5"],
         "--out empty.txt: is a file": ["corpus.jsonl", "--out", "empty.txt", *bpe],
