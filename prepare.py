@@ -1,12 +1,15 @@
 """Text to token shards: the data that train.py, eval.py and sample.py read.
 
     python prepare.py python --out data/python                          # the standard library's own text: no download
+    python prepare.py debian --out data/debian --val-fraction 0.0225
     python prepare.py fineweb-edu --out data/edu --tokenizer gpt2 --max-tokens 1e9             # streamed from the hub
     python prepare.py hf:roneneldan/TinyStories --out data/stories --tokenizer train:8192
     python prepare.py notes.txt 'books/**/*.jsonl.zst' --out data/books --val-fraction 0.02
 
 Sources, one or several
     python            the Python that runs this: documentation topics, .py sources without tests, built-in docstrings
+    debian            English prose, 213 MB, of 23 packages of documentation from Debian 12, by `apt-get download`:
+                      the same text everywhere. debian-small: 63 MB of 6 packages. debian:DIR: the .deb files in DIR
     fineweb-edu       HuggingFaceTB/smollm-corpus, fineweb-edu-dedup (the corpus of the MoR paper)
     hf:NAME[:CONFIG]  any dataset of the Hugging Face hub with a text column, streamed; its split "train"
     FILE or 'GLOB'    .txt, .jsonl (also .ndjson, .json: an object a line), .parquet, plain or .gz/.zst. A .txt file is
@@ -36,14 +39,18 @@ import fcntl
 import glob
 import gzip
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
+import lzma
+import multiprocessing
 import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import tokenize
@@ -51,10 +58,11 @@ import zlib
 from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from decimal import Decimal
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -601,13 +609,19 @@ def resolve_sources(sources: list[str]) -> list[str | Path]:
         if source == "fineweb-edu":
             resolved.append("hf:HuggingFaceTB/smollm-corpus:fineweb-edu-dedup")
             continue
-        if source == "python" or (source.startswith("hf:") and not os.path.isfile(source)):
+        name, _, directory = source.partition(":")
+        if name in ("debian", "debian-small"):
+            if directory and not Path(directory).is_dir():
+                fail(f"{source}: no directory {directory}; {name} alone downloads the packages")
+            resolved.append(source)
+            continue
+        if source == "python" or (name == "hf" and not os.path.isfile(source)):
             resolved.append(source)
             continue
         # a path that exists is no pattern, whatever characters are in it
         paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
         if not paths:
-            fail(f"{source}: no such file; sources are python, fineweb-edu, hf:NAME[:CONFIG], files and 'globs'")
+            fail(f"{source}: no such file; sources are python, debian, fineweb-edu, hf:NAME[:CONFIG], files, 'globs'")
         for path in map(Path, paths):
             if path.is_dir():
                 fail(f"{path}: is a directory; give its files, such as '{path}/**/*.jsonl'")
@@ -647,6 +661,8 @@ def read_source(source: str | Path, field: str) -> Iterator[str | None | BadRow]
     """Yields what one source holds. Ends the program where it cannot be read."""
     if source == "python":
         yield from read_python()
+    elif isinstance(source, str) and source.startswith("debian"):
+        yield from read_debian(source)[0]
     elif isinstance(source, str):
         name, _, config = source.removeprefix("hf:").partition(":")
         if not Path(name).is_dir():
@@ -898,6 +914,255 @@ def find_docstrings(name: str, thing: object, seen: set[str]) -> Iterator[str]:
         yield f"{name}\n\n{doc.strip()}\n"
         for key, value in sorted(vars(thing).items()) if isinstance(thing, type) else []:
             yield from find_docstrings(f"{name}.{key}", value, seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The source `debian`: prose of documentation packages, the same text wherever the same packages are
+
+# package -> (version, SHA-256 of its .deb), all of Debian 12; of a repeated paragraph the first package's is kept
+DEBIAN = {
+    "anarchism": ("15.3-3", "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948"),
+    "perl-doc": ("5.36.0-7+deb12u4", "f4269cff4576d6f02a6756df842988e58451c7e945b08517dd235531b24e48f8"),
+    "python3.11-doc": ("3.11.2-6+deb12u9", "5b3594189d6ef9a6963ce0347fd307a1cc67620ad697e144db366070e2e146be"),
+    "postgresql-doc-15": ("15.20-0+deb12u1", "4c44bf2c599f208b3f46454a6cf7a72e25ec46ff74d37b59dd31ad76b00eebb7"),
+    "sqlite3-doc": ("3.40.1-2+deb12u2", "466e30d7066e2641fa13e56bc662a2ad521b8cc9c17dde9c9dac3d4f105e32f2"),
+    "debian-handbook": ("11.20220922", "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa"),
+    "dict-wn": ("1:3.0-37", "ed99e0bf162815dc1cc69de3727eedd7112ddf170badf83dbde26209e0724a8c"),
+    "dict-gcide": ("0.48.5+nmu2", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f"),
+    "linux-doc-6.1": ("6.1.192-2", "d1d1b5a602f0d439ecc39e713e044bf2df30d839fb4bf8a7b859ba3273c47993"),
+    "openjdk-17-doc": ("17.0.21.1+2-1~deb12u1", "3e04db24dbcb31d598774973998f1d8212e3424e288befbfef235077325f841d"),
+    "ghc-doc": ("9.0.2-4", "a7c77e36c8906f82eef411ceeba13b7d663b7766a5ecc6659e3405889e0429c9"),
+    "racket-doc": ("8.7+dfsg1-1", "d50139b4bf806cd280bd18146ca2e7579cede5da23cc7f5c663044596af4e00f"),
+    "erlang-doc": ("1:25.2.3+dfsg-1+deb12u4", "7d172cecfdd9c2930b27c776ad226ffcc84670375cf830c79ee41c6944e8a1c8"),
+    "vim-doc": ("2:9.0.1378-2+deb12u2", "6a7e9419d1e249ab5eabd4753bf600e807ccd564dbd9621d0fb90fa30d25e36d"),
+    "git-doc": ("1:2.39.5-0+deb12u3", "3c89668a11053a6bafade3de1f611f4613db31e082af63f43d8c5b69ad8795ec"),
+    "rust-doc": ("1.63.0+dfsg1-2", "96ef96fe6df87d939ca713bd7df3d15c2b778ccb892eca025c4ee504146f697b"),
+    "freebsd-manpages": ("12.2-1", "2d4a9606bd59d4c71e6d8355dee3d2624b0ebdab79d3ab5e9169ed7fbb0c197a"),
+    "dict-foldoc": ("20230119-1", "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3"),
+    "cmake-doc": ("3.25.1-1", "6e805a758ffed87cc7ea234cf0a7a1bb8ae78b93d8b5783e7fb989a6320f8133"),
+    "python-django-doc": ("3:3.2.25-0+deb12u7", "87307f067916df72e17180d35b7cde5c7ea6080336cda518efd7f6e66988a7ca"),
+    "manpages-dev": ("6.03-2", "96f55cb5e26231d5567c89b692bced63825a14a2d5bd18fdf16ea2ed44eb9838"),
+    "fortunes": ("1:1.99.1-7.3", "41d0551dc0ff52f875a2ecef7c39da2f672ab468c37e170119f7e0245a9d63c5"),
+    "apache2-doc": ("2.4.71-1~deb12u1", "a7b3d1131c1c63dbf9999b28e75f9a133d30f70492b419936bd51759ac77a01f"),
+}
+DEBIAN_SMALL = 6  # the first packages make debian-small
+# HTML elements that begin a paragraph, and those that hold no prose
+BLOCKS = set("p div section article main blockquote pre br h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr th td".split())
+DROPPED = set("head header nav footer form button script noscript style svg select".split())
+# names of the files that are plain text, and of those left out: lists of changes, licences, indices, translations
+PLAIN_TEXT = re.compile(r".*\.(txt|text|md|rst|adoc|pod|dict)")
+LEFT_OUT = re.compile(
+    r"changelog|copyright$|genindex|searchindex|[._-](ca|cs|da|de|es|fr|hu|it|ja|ko|nl|pl|pt|ru|tr|vi|zh)(\.|[_-]|$)"
+)
+# English sentences have these; tables, code and other languages do not
+COMMON_WORDS = (" a ", " and ", " be ", " in ", " is ", " it ", " of ", " that ", " the ", " to ")
+
+
+@cache
+def read_debian(source: str) -> tuple[list[str], list[str]]:
+    """Returns (documents, names of the .deb files) of debian, debian-small, or either with a directory: debian:DIR.
+
+    A paragraph that came before is dropped, and then a document below 200 characters. Documents are in the order of
+    a hash, so that the packages are mixed. They stay in memory (0.3 GB): training a tokenizer reads them as well.
+    """
+    from tqdm import tqdm
+
+    if importlib.util.find_spec("lxml") is None:
+        fail(f"{source}: needs lxml to read HTML; run: pip install lxml")
+    name, _, directory = source.partition(":")
+    packages = list(DEBIAN)[: DEBIAN_SMALL if name == "debian-small" else None]
+    seen: set[bytes] = set()
+    found: list[tuple[str, str, str]] = []
+    # processes, since a walk through HTML holds the GIL; spawned, since the fork of a process with threads may hang
+    workers = ProcessPoolExecutor(min(os.cpu_count() or 1, len(packages)), multiprocessing.get_context("spawn"))
+    with tempfile.TemporaryDirectory() as downloads, workers:
+        if directory:
+            files = find_packages(source, Path(directory), packages)
+        else:
+            files = download_packages(source, Path(downloads), packages)
+        contents = tqdm(workers.map(read_package, files), "unpack", len(files), disable=None)
+        try:
+            for package, pages in zip(packages, contents, strict=True):
+                for page in pages:
+                    fresh = drop_repeated(page, seen)
+                    if sum(map(len, fresh)) >= 200:
+                        text = replace_surrogates("\n\n".join(fresh))
+                        found.append((hashlib.md5(text.encode()).hexdigest(), text, package))
+        except (ValueError, BrokenProcessPool) as e:
+            fail(f"{source}: {e}")
+    return [text for _, text, _ in sorted(found)], [file.name for file in files]
+
+
+def drop_repeated(paragraphs: list[str], seen: set[bytes]) -> list[str]:
+    """Returns the paragraphs whose digest is not in `seen`, whatever their case, and adds theirs to it."""
+    fresh = []
+    for paragraph in paragraphs:
+        digest = hashlib.md5(paragraph.lower().encode("utf-8", "replace")).digest()
+        if digest not in seen:
+            seen.add(digest)
+            fresh.append(paragraph)
+    return fresh
+
+
+def download_packages(source: str, directory: Path, packages: list[str]) -> list[Path]:
+    """Downloads the listed versions by apt-get into `directory`; returns their files, whose checksums are right."""
+    if shutil.which("apt-get") is None:
+        fail(f"{source}: no apt-get here; fetch the .deb files on a Debian 12 and name their directory: {source}:DIR")
+    wanted = [f"{name}={DEBIAN[name][0]}" for name in packages]
+    command = ["apt-get", "download", "-q"]
+    run = partial(subprocess.run, cwd=directory, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+    directory.chmod(0o755)  # apt downloads as a user of its own
+    done = run([*command, *wanted])
+    if done.returncode:
+        # apt names only the first that it lacks
+        missing = [item for item in wanted if run([*command, "--print-uris", item]).returncode]
+        if missing:
+            fail(
+                f"{source}: apt does not offer {', '.join(missing)}: run apt-get update; where newer versions have "
+                "replaced these, put them, or the old ones from Debian's snapshot archive, into a directory with the "
+                f"others and name it: {source.partition(':')[0]}:DIR"
+            )
+        reason = next((line for line in done.stderr.splitlines() if line.startswith("E:")), "no reason given")
+        fail(f"{source}: apt-get download failed ({reason})")
+    files = find_packages(source, directory, packages)
+    for name, file in zip(packages, files, strict=True):
+        if hash_file(file) != DEBIAN[name][1]:
+            fail(f"{source}: {file.name} as downloaded has not the listed SHA-256; try again, or from another mirror")
+    return files
+
+
+def find_packages(source: str, directory: Path, packages: list[str]) -> list[Path]:
+    """Returns the .deb file of each package in a directory. Says on standard error which are not the listed ones."""
+    files = []
+    missing = []
+    for name in packages:
+        found = sorted(directory.glob(f"{name}_*.deb"))
+        listed = [file for file in found if hash_file(file) == DEBIAN[name][1]]
+        if not found:
+            missing.append(f"{name}_{DEBIAN[name][0]}")
+        elif not listed and len(found) > 1:
+            fail(f"{source}: {directory} holds {found[0].name} and {found[1].name}; keep one of them")
+        elif not listed:
+            print(
+                f"note: {found[0].name} is not the listed {DEBIAN[name][0]}: the text is not the same", file=sys.stderr
+            )
+        files += listed[:1] or found
+    if missing:
+        fail(f"{source}: {directory} lacks {', '.join(missing)}; fetch them with apt-get download NAME")
+    return files
+
+
+def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_package(path: Path) -> list[list[str]]:
+    """Returns the pages of a .deb file, each a list of paragraphs. Raises ValueError if it is damaged."""
+    try:
+        with open_package(path) as archive:
+            files = [member for member in archive.getmembers() if member.isfile() or member.islnk()]
+            pages = []
+            for member in sorted(files, key=lambda member: member.name.split("/")):
+                if not LEFT_OUT.search(os.path.basename(member.name).lower()):
+                    raw = archive.extractfile(member).read()
+                    pages += split_pages(extract_text(f"/{path.name.partition('_')[0]}/{member.name}", raw))
+            return pages
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError) as e:
+        raise ValueError(f"{path.name} cannot be read ({e}); fetch it again") from None
+
+
+def open_package(path: Path) -> tarfile.TarFile:
+    """Returns the archive of the files in a .deb, which is an ar archive of it and two others.
+
+    Read here and not by dpkg, so that a directory of packages will do on any system.
+    """
+    raw = path.read_bytes()
+    start = 8
+    if not raw.startswith(b"!<arch>\n"):
+        raise ValueError("not a Debian package")
+    while start < len(raw):
+        # a header of 60 bytes: the name in the first 16, the size in decimal from 48 to 58
+        name = raw[start : start + 16].rstrip(b" /")
+        size = int(raw[start + 48 : start + 58])
+        start += 60
+        if name.startswith(b"data.tar"):
+            data = raw[start : start + size]
+            # whole, since files are read in order of their names: seeking in .xz begins at the beginning
+            return tarfile.open(fileobj=io.BytesIO(lzma.decompress(data) if name.endswith(b".xz") else data))
+        start += size + size % 2
+    raise ValueError("no data in it")
+
+
+def extract_text(path: str, raw: bytes) -> str:
+    """Returns the text of a documentation file, nothing for other files. `path` begins with the package's name."""
+    name = os.path.basename(path).lower()
+    if name.endswith((".gz", ".dz")):
+        raw = gzip.decompress(raw)
+        name = name[:-3]
+    if name.endswith((".html", ".htm", ".xhtml")):
+        return extract_html(raw)
+    if not (PLAIN_TEXT.fullmatch(name) or "/fortunes/" in path or re.search(r"/man/man\d/", path)):
+        return ""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    # the marks of fonts, nothing, italic correction and hyphen in manual pages
+    return re.sub(r"\\(f[BIRP]|&|/)", "", text).replace("\\-", "-")
+
+
+def extract_html(raw: bytes) -> str:
+    """Returns the text of a page, blocks set apart by blank lines; nothing if it cannot be parsed."""
+    import lxml.html
+
+    try:
+        root = lxml.html.document_fromstring(raw)
+    except (ValueError, lxml.etree.LxmlError):
+        return ""
+    parts = []
+    walk = lxml.etree.iterwalk(root, ("start", "end", "comment", "pi"))
+    for event, node in walk:
+        if event == "start" and node.tag in DROPPED:
+            walk.skip_subtree()
+        elif event in ("start", "end") and node.tag not in DROPPED:
+            parts.append("\n\n" if node.tag in BLOCKS else "")
+            parts.append(node.text or "" if event == "start" else "")
+        # what follows an element, or a comment, belongs to what is around it
+        if event != "start":
+            parts.append(node.tail or "")
+    return "".join(parts)
+
+
+def split_pages(text: str) -> Iterator[list[str]]:
+    """Yields the prose of a text as lists of paragraphs, each of a little more than 64 KiB at most."""
+    page: list[str] = []
+    size = 0
+    for paragraph in re.split(r"\n\s*\n", text):
+        paragraph = " ".join(paragraph.split())
+        if is_prose(paragraph):
+            page.append(paragraph)
+            size += len(paragraph)
+        if size > 1 << 16:
+            yield page
+            page = []
+            size = 0
+    if page:
+        yield page
+
+
+def is_prose(paragraph: str) -> bool:
+    """Returns whether a paragraph is of English sentences: long enough, mostly letters and words, and common ones."""
+    words = paragraph.split()
+    if len(paragraph) < 80 or len(words) < 12:
+        return False
+    letters = sum(char.isalpha() or char == " " for char in paragraph)
+    plain = sum(word.strip(".,;:()\"'").isalpha() for word in words)
+    if letters / len(paragraph) < 0.8 or plain / len(words) < 0.72:
+        return False
+    padded = f" {paragraph.lower()} "
+    return sum(padded.count(word) for word in COMMON_WORDS) >= 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1225,6 +1490,9 @@ def prepare(args: argparse.Namespace) -> dict:
         meta |= {"source": " ".join(args.source), "val_fraction": args.val_fraction, "split": "md5 of the text"}
         if "python" in sources:
             meta["python"] = sys.version.split()[0]
+        for source in sources:
+            if isinstance(source, str) and source.startswith("debian"):
+                meta["packages"] = read_debian(source)[1]
         (out / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
 
