@@ -976,10 +976,15 @@ def read_debian(source: str) -> tuple[list[str], list[str]]:
     # processes, since a walk through HTML holds the GIL; spawned, since the fork of a process with threads may hang
     workers = ProcessPoolExecutor(min(os.cpu_count() or 1, len(packages)), multiprocessing.get_context("spawn"))
     with tempfile.TemporaryDirectory() as downloads, workers:
-        if directory:
-            files = find_packages(source, Path(directory), packages)
-        else:
-            files = download_packages(source, Path(downloads), packages)
+        if not directory:
+            download_packages(source, Path(downloads), packages)
+        files = find_packages(source, Path(directory or downloads), packages)
+        for package, file in zip(packages, files, strict=True):
+            if hash_file(file) == DEBIAN[package][1]:
+                continue
+            if not directory:
+                fail(f"{source}: {file.name} as downloaded has not the listed SHA-256; try again, or another mirror")
+            print(f"note: {file.name} is not the listed {DEBIAN[package][0]}: the text will differ", file=sys.stderr)
         contents = tqdm(workers.map(read_package, files), "unpack", len(files), disable=None)
         try:
             for package, pages in zip(packages, contents, strict=True):
@@ -1004,8 +1009,8 @@ def drop_repeated(paragraphs: list[str], seen: set[bytes]) -> list[str]:
     return fresh
 
 
-def download_packages(source: str, directory: Path, packages: list[str]) -> list[Path]:
-    """Downloads the listed versions by apt-get into `directory`; returns their files, whose checksums are right."""
+def download_packages(source: str, directory: Path, packages: list[str]) -> None:
+    """Downloads the listed versions by apt-get into `directory`. Ends the program with the names that apt lacks."""
     if shutil.which("apt-get") is None:
         fail(f"{source}: no apt-get here; fetch the .deb files on a Debian 12 and name their directory: {source}:DIR")
     wanted = [f"{name}={DEBIAN[name][0]}" for name in packages]
@@ -1024,15 +1029,10 @@ def download_packages(source: str, directory: Path, packages: list[str]) -> list
             )
         reason = next((line for line in done.stderr.splitlines() if line.startswith("E:")), "no reason given")
         fail(f"{source}: apt-get download failed ({reason})")
-    files = find_packages(source, directory, packages)
-    for name, file in zip(packages, files, strict=True):
-        if hash_file(file) != DEBIAN[name][1]:
-            fail(f"{source}: {file.name} as downloaded has not the listed SHA-256; try again, or from another mirror")
-    return files
 
 
 def find_packages(source: str, directory: Path, packages: list[str]) -> list[Path]:
-    """Returns the .deb file of each package in a directory. Says on standard error which are not the listed ones."""
+    """Returns the .deb file of each package in a directory: the listed one, or the only one."""
     files = []
     missing = []
     for name in packages:
@@ -1042,10 +1042,6 @@ def find_packages(source: str, directory: Path, packages: list[str]) -> list[Pat
             missing.append(f"{name}_{DEBIAN[name][0]}")
         elif not listed and len(found) > 1:
             fail(f"{source}: {directory} holds {found[0].name} and {found[1].name}; keep one of them")
-        elif not listed:
-            print(
-                f"note: {found[0].name} is not the listed {DEBIAN[name][0]}: the text is not the same", file=sys.stderr
-            )
         files += listed[:1] or found
     if missing:
         fail(f"{source}: {directory} lacks {', '.join(missing)}; fetch them with apt-get download NAME")
