@@ -28,7 +28,8 @@ int32: magic, version, count; then uint16, or uint32 for vocabularies above 6553
 the tokenizer is known by name. Shards that others made (FineWeb of llm.c, without meta.json) are read as well. Every
 document ends with the end-of-text token. A document goes to val when the md5 of its text, read as a fraction of 2^128,
 is below --val-fraction, whatever else is in the corpus. All is written to NAME.partial, which becomes NAME by one
-rename at the end: an interrupted run leaves nothing that looks like data, and the next run replaces what it left.
+rename at the end: an interrupted run leaves nothing that looks like data, and the next run replaces what it left. In a
+mount point, which cannot be renamed, it is written to NAME/.partial, and the files are moved at the end.
 """
 
 import argparse
@@ -98,7 +99,7 @@ UNFINISHED = ".partial"
 # within a directory that is being written: proof that it is ours, lock, and name of the holder
 LOCK = ".prepare.lock"
 # the names of the files in an output directory
-OUTPUTS = r"(train|val)_\d{6}\.bin|meta\.json|.*\.tiktoken"
+OUTPUTS = rf"(train|val)_\d{{6}}\.bin|meta\.json|.*\.tiktoken|{re.escape(LOCK)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1355,10 +1356,8 @@ def check_output(out: Path, target: Path, overwrite: bool) -> list[Path]:
         fail(f"--out {out}: is a file")
     if Path.cwd().is_relative_to(target):
         fail(f"--out {out}: holds the current directory; name another directory")
-    # a new file system has a lost+found
-    inside = (
-        [path for path in target.iterdir() if path.name not in ("lost+found", UNFINISHED)] if target.exists() else []
-    )
+    inside = list(target.iterdir()) if target.exists() else []
+    inside = [path for path in inside if path.name not in ("lost+found", UNFINISHED)]  # a new file system has the first
     stopped = (target / UNFINISHED / LOCK).exists() and not (target / "meta.json").exists()
     if inside and not stopped and not (target / "meta.json").exists():
         fail(f"--out {out}: exists and was not made by prepare.py; name another directory")
@@ -1383,22 +1382,22 @@ def publish(making: Path, target: Path, found: list[Path]) -> None:
     # a directory without meta.json that has UNFINISHED in it is not read: first that file goes, and last it comes
     (target / UNFINISHED).mkdir(exist_ok=True)
     (target / UNFINISHED / LOCK).touch()
-    for path in sorted(found, key=lambda path: path.name != "meta.json"):
-        path.unlink()
     files = [path for path in making.iterdir() if path.name != LOCK]
     moved = []
     try:
+        for path in sorted(found, key=lambda path: path.name != "meta.json"):
+            path.unlink()
         for path in sorted(files, key=lambda path: path.name == "meta.json"):
             moved.append(target / path.name)
             shutil.move(path, moved[-1])
             sync(moved[-1])
-    except BaseException:
-        for path in moved:
+    except BaseException:  # half of the old and half of the new are of no use
+        for path in (*found, *moved):
             path.unlink(missing_ok=True)
-        shutil.rmtree(target / UNFINISHED, ignore_errors=True)
         raise
-    for path in (making, target / UNFINISHED):
-        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        shutil.rmtree(target / UNFINISHED, ignore_errors=True)
+    shutil.rmtree(making, ignore_errors=True)
     sync(target)
 
 
