@@ -94,6 +94,19 @@ def test_two_processes_are_one(flags, tmp_path, alone, parallel):
     close(tmp_path / "other", tmp_path / "single")
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_with_muon_are_one(flags, tmp_path, parallel):
+    """fsdp has only parts of the matrices; then one process goes on from the half of it, exactly where one would be."""
+    muon = ("--optimizer", "muon", "--keep", 9)
+    train.main(flags(tmp_path / "alone", *muon))
+    done = run(2, flags(tmp_path / "two", *muon, "--parallel", parallel))
+    assert done.returncode == 0, done.stderr
+    close(tmp_path / "two", tmp_path / "alone")
+    train.main(flags(tmp_path / "single", *muon, "--resume", tmp_path / "two" / "ckpt_000003.pt"))
+    late = {s: v for s, v in losses(tmp_path / "alone").items() if s > 3}
+    assert losses(tmp_path / "single") == pytest.approx(late, abs=1e-4)
+
+
 def test_restarts_do_not_meet_the_dead(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")

@@ -16,7 +16,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, relative
 
 import checkpoint
 import train
@@ -300,8 +300,10 @@ def test_accumulation_weighs_tokens_not_micro_batches(data, tmp_path, monkeypatc
     assert len(one) == 5 and one == pytest.approx(four, abs=1e-5)
 
 
-def test_nonfinite_updates_are_skipped_and_named(data, tmp_path, capfd, monkeypatch):
-    train.main(flags(data, tmp_path, "--steps", 4, "--eval-every", 2))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_nonfinite_updates_are_skipped_and_named(data, tmp_path, capfd, monkeypatch, optimizer):
+    common = ("--eval-every", 2, "--optimizer", optimizer)
+    train.main(flags(data, tmp_path, "--steps", 4, *common))
     before = torch.load(tmp_path / "ckpt_000004.pt", weights_only=True)
     original = train.MoR.losses
 
@@ -311,12 +313,42 @@ def test_nonfinite_updates_are_skipped_and_named(data, tmp_path, capfd, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(train.MoR, "losses", poisoned)
-        message = refused(capfd, flags(data, tmp_path, "--steps", 20, "--max-skipped", 3, "--eval-every", 2))
+        message = refused(capfd, flags(data, tmp_path, "--steps", 20, "--max-skipped", 3, *common))
     assert "3 updates in a row" in message and "aux 3 times" in message and "ckpt_000006.pt" in message
     after = torch.load(tmp_path / "ckpt_000006.pt", weights_only=True)
     assert after["skipped"] == 2 and all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"])
-    train.main(flags(data, tmp_path, "--steps", 8, "--eval-every", 2))  # and goes on once the cause is gone
+    for name, there in before["optimizer"]["state"].items():
+        assert all(torch.equal(there[k], after["optimizer"]["state"][name][k]) for k in there)
+    train.main(flags(data, tmp_path, "--steps", 8, *common))  # and goes on once the cause is gone
     assert math.isfinite(losses(tmp_path)[8])
+
+
+def test_muon_is_that_of_torch_and_adamw_elsewhere():
+    """Ten steps on random gradients. torch's iterations are in bf16; the matrices differ by as much as that rounds."""
+    config = MoRConfig.preset("nano", n_recursion=3, router="expert", d_model=32, d_ff=48, vocab_size=50)
+    ours = train.MoR(config)
+    theirs = train.MoR(config)
+    theirs.load_state_dict(ours.state_dict())
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    cfg = train.TrainConfig(optimizer="muon", dtype="bf16", lr=0.01)
+    optimizer = train.make_optimizer(ours, cfg)
+    named = dict(theirs.named_parameters())
+    layers = {name for name, p in named.items() if p.dim() == 2 and name.split(".")[0] in ("first", "block", "last")}
+    assert len(layers) == 4 * 7  # 1 + 2x3 + 1 layers have four of their own, of seven matrices each
+    decayed = [p for name, p in named.items() if p.dim() == 2 and name not in layers]
+    vectors = [p for p in named.values() if p.dim() == 1]
+    groups = [dict(params=decayed, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))
+    muon = torch.optim.Muon([named[name] for name in layers], lr=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(10):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        for each in (optimizer, adamw, muon):
+            each.step()
+    for name, p in ours.named_parameters():
+        moved = relative(p - before[name], named[name] - before[name])
+        assert moved < (0.03 if name in layers else 1e-4), name
 
 
 def test_tensorboard_and_wandb(data, tmp_path, monkeypatch):
@@ -375,6 +407,19 @@ def same_as(straight, out):
     assert all(one[k] == two[k] for k in train.PROGRESS)
     rows = [[r for r in train.read_metrics(d) if "val_loss" in r] for d in (straight, out)]
     assert rows[0] == rows[1]
+
+
+def test_resume_with_muon_is_exact(data, tmp_path, capfd):
+    common = ("--eval-every", 4, "--keep", 9, "--optimizer", "muon")
+    train.main(flags(data, tmp_path / "whole", "--steps", 8, *common))
+    half = tmp_path / "whole" / "ckpt_000004.pt"
+    train.main(flags(data, tmp_path / "half", "--steps", 8, *common, "--resume", half))
+    assert losses(tmp_path / "half") == {s: v for s, v in losses(tmp_path / "whole").items() if s > 4}
+    whole, resumed = (torch.load(tmp_path / d / "ckpt_000008.pt", weights_only=True) for d in ("whole", "half"))
+    assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
+    capfd.readouterr()
+    other = flags(data, tmp_path / "x", "--steps", 8, "--resume", half)
+    assert "--optimizer muon, this is adamw" in refused(capfd, other)
 
 
 @pytest.mark.parametrize("last", [6, 8])
