@@ -101,8 +101,11 @@ def measure(model: MoR, rows: np.ndarray, routing: str, eot: int | None = None, 
 
     eot: the end-of-text token, if attention is to stay inside documents. knobs: threshold and max_depth.
     """
-    size = max(1, LOGITS // ((rows.shape[1] - 1) * model.config.vocab_size))
-    nll, depth, router = [], [], []
+    T = rows.shape[1] - 1
+    size = max(1, LOGITS // (T * model.config.vocab_size))
+    nll = []
+    depth = []
+    router = []
     for start in range(0, len(rows), size):
         block = torch.from_numpy(rows[start : start + size]).to(model.wte.weight.device)
         idx = block[:, :-1]
@@ -114,7 +117,8 @@ def measure(model: MoR, rows: np.ndarray, routing: str, eot: int | None = None, 
         depth.append(out.depth.cpu().numpy())
         if out.router is not None:
             router.append(out.router.cpu().numpy())
-    return Measured(np.concatenate(nll), np.concatenate(depth), np.concatenate(router) if router else None)
+    logits = np.concatenate(router) if router else None
+    return Measured(np.concatenate(nll), np.concatenate(depth), logits)
 
 
 def fractions(depth: np.ndarray, N: int) -> list[float]:
@@ -124,9 +128,12 @@ def fractions(depth: np.ndarray, N: int) -> list[float]:
 
 def flops(model: MoR, depth: np.ndarray) -> float:
     """Returns mean forward FLOPs per token, without the head, by the recursions that tokens really ran."""
-    N = model.config.n_recursion
     T = depth.shape[1]
-    return float(np.mean([model.flops_per_token(T, fractions=fractions(row, N)) for row in depth]))
+    costs = []
+    for row in depth:
+        ran = fractions(row, model.config.n_recursion)
+        costs.append(model.flops_per_token(T, fractions=ran))
+    return float(np.mean(costs))
 
 
 def quality(model: MoR, m: Measured, n_bytes: int) -> dict:
@@ -203,6 +210,7 @@ def evaluate(model: MoR, rows: np.ndarray, enc: tiktoken.Encoding, eot: int | No
     if c.router == "expert":
         passes["topk"] = measure(model, rows, "topk", eot)
 
+    # what each routing is worth, and what it costs that top-k sees the future
     report = dict(tokens=rows[:, 1:].size, bytes=n_bytes, **knobs)
     for name, m in passes.items():
         report[name] = quality(model, m, n_bytes)
@@ -240,7 +248,8 @@ def measure_paper(model: MoR, shards: Shards, knobs: dict, sequences: int = 500,
     T = min(length, model.config.block_size)
     n = min(sequences, len(shards) // T)
     tokens = shards.tokens(0, n * T).reshape(n, T)
-    rows = np.concatenate((tokens, tokens[:, :1]), 1)  # the last target is anything, and is not counted
+    anything = tokens[:, :1]  # as the last target, which is not counted
+    rows = np.concatenate((tokens, anything), 1)
     found = dict(sequences=n, length=T)
     if model.config.router == "expert":
         found["topk"] = measure(model, rows, "topk").nll[:, :-1].mean(dtype=float)
@@ -251,8 +260,9 @@ def measure_paper(model: MoR, shards: Shards, knobs: dict, sequences: int = 500,
 
 def measure_speed(model: MoR, prompt: list[int], knobs: dict, tokens: int = 64, rounds: int = 3) -> float:
     """Returns tokens/s at batch 1, compiled: the median of some rounds after one that compiles."""
-    prompt = prompt[: model.config.block_size // 2]
-    decoder = Decoder(model, 1, min(model.config.block_size, len(prompt) + tokens), **knobs)
+    block = model.config.block_size
+    prompt = prompt[: block // 2]
+    decoder = Decoder(model, 1, min(block, len(prompt) + tokens), **knobs)
     speeds = []
     for _ in range(1 + rounds):
         out = generate(model, [prompt], tokens, decoder=decoder)
@@ -293,7 +303,8 @@ def draw_depths(c: MoRConfig, passes: dict, file: Path) -> None:
     depths = np.arange(1 if c.capacities[0] == 1 else 0, c.n_recursion + 1)
     for i, (name, m) in enumerate(passes.items()):
         bars = [(m.depth == d).mean() for d in depths]
-        place = depths + (i - (len(passes) - 1) / 2) * 0.4
+        beside = i - (len(passes) - 1) / 2
+        place = depths + 0.4 * beside
         axis.bar(place, bars, 0.38, label=name.replace("topk", "top-k"))
     axis.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     axis.set(xlabel="recursions", ylabel="share of tokens", xticks=depths)
@@ -315,7 +326,8 @@ def draw_scores(c: MoRConfig, m: Measured, file: Path) -> None:
 
 def draw_loss(best: dict, file: Path) -> None:
     figure, (left, right) = new_figure(9, 3.2, columns=2)
-    left.bar([str(x["depth"]) for x in best["by_depth"]], [x["nll"] for x in best["by_depth"]])
+    depths = [str(x["depth"]) for x in best["by_depth"]]
+    left.bar(depths, [x["nll"] for x in best["by_depth"]])
     left.set(xlabel="recursions of the token that predicts", ylabel="nats per token")
     middles = [(x["start"] + x["end"] - 1) / 2 for x in best["by_position"]]
     right.plot(middles, [x["nll"] for x in best["by_position"]])
@@ -363,7 +375,8 @@ def print_numbers(name: str, numbers: dict, width: int) -> None:
 
 def rounded(x, digits: int = 6):
     """Returns plain JSON numbers of few digits for NumPy's."""
-    return json.loads(json.dumps(x, default=np.generic.item), parse_float=lambda text: round(float(text), digits))
+    text = json.dumps(x, default=np.generic.item)
+    return json.loads(text, parse_float=lambda number: round(float(number), digits))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,6 +413,7 @@ def compare(args: Namespace, device: str) -> None:
         data.add(Path(directory).resolve())
         tokenizers.append(enc)
 
+    # nats compare between models of one tokenizer on one text
     if not all(prepare.same_tokenizer(enc, tokenizers[0]) for enc in tokenizers):
         print("note: tokenizers differ, so compare bits/byte, not nats per token", file=sys.stderr)
     elif len(data) > 1:
@@ -456,16 +470,15 @@ def draw_models(rows: list[dict], file: Path) -> None:
             axis.plot(row["mflops"], row["causal"], "o", color=color)
         if row["topk"] is not None:
             axis.plot(row["mflops"], row["topk"], "o", color=color, fillstyle="none")
-        name = f"{shorten(make_visible(row['run']))}\n{row['parameters'] / 1e6:.1f}M parameters"
+        name = make_visible(row["run"])
+        if len(name) > 32:
+            name = "…" + name[-31:]
+        name += f"\n{row['parameters'] / 1e6:.1f}M parameters"
         label = axis.annotate(name, (row["mflops"], losses[0]), (7, 5), textcoords="offset points", fontsize=8)
         label.set_parse_math(False)  # a name may have dollar signs
     axis.margins(x=0.25, y=0.2)
     axis.set(xlabel="mean forward MFLOPs per token", ylabel="nats per token (filled: causal, hollow: top-k)")
     figure.savefig(file, dpi=130)
-
-
-def shorten(text: str, size: int = 32) -> str:
-    return text if len(text) <= size else "…" + text[1 - size :]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -585,11 +598,14 @@ class Scorer:
 def read_hidden(model: MoR, idx: Tensor, knobs: dict) -> Tensor:
     """Returns the stream [B, T, D] that the head reads, under causal routing."""
     position = torch.arange(idx.size(1), device=idx.device)[None]
-    return model.backbone(idx, Pass(position, **model.routing_knobs("causal", **knobs)))[0]
+    p = Pass(position, **model.routing_knobs("causal", **knobs))
+    h, _ = model.backbone(idx, p)
+    return h
 
 
 def batches(order: list, size: int) -> Iterator[list]:
-    return (order[i : i + size] for i in range(0, len(order), size))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def local_dataset(root: Path, path: str, name: str | None = None):
@@ -639,6 +655,7 @@ def run_tasks(model: MoR, enc: tiktoken.Encoding, args: Namespace, knobs: dict) 
     names = name_tasks(args.tasks, manager.all_tasks)
     remote = datasets.load_dataset
 
+    # the harness asks for data by their name on the hub: here they may come from disk
     def load(path: str, name: str | None = None, **options):
         if path in ("json", "csv", "parquet", "arrow", "text") or Path(path).is_dir():  # a task file with data_files
             return remote(path, name, **options)
@@ -651,6 +668,7 @@ def run_tasks(model: MoR, enc: tiktoken.Encoding, args: Namespace, knobs: dict) 
     class Harness(Scorer, LM):
         pass
 
+    # one task at a time, so that an error in one does not lose the others
     lm = Harness(model, enc, args.batch_size, **knobs)
     options = dict(num_fewshot=args.shots, limit=args.limit, task_manager=manager, log_samples=False, bootstrap_iters=0)
     start = time.perf_counter()
@@ -707,7 +725,10 @@ def average_tasks(scores: dict[str, dict]) -> dict[str, float]:
 
 def tidy(name: str, result: dict) -> dict:
     """Returns {"acc": ..., "score": the number of the paper} for lm-eval's {"acc,none": ...}."""
-    flat = {k.split(",")[0]: v for k, v in result.items() if "stderr" not in k and isinstance(v, int | float)}
+    flat = {}
+    for key, value in result.items():
+        if "stderr" not in key and isinstance(value, int | float):
+            flat[key.split(",")[0]] = value
     if "acc" in flat:
         flat["score"] = flat["acc_norm" if name in NORMALISED and "acc_norm" in flat else "acc"]
     return rounded(flat, 4)
@@ -768,16 +789,19 @@ def make_directory(out: Path) -> None:
 
 def open_for_eval(run: str, args: Namespace, device: str) -> tuple[MoR, dict, tiktoken.Encoding]:
     """Returns (model, config of its run, tokenizer); a directory of weights has no run, and its data are named."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model, enc, config = open_model(run, device, dtype, args.tokenizer)
-    if not config and not args.data and (args.tasks is None or args.paper or enc is None):
+    dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+    model, enc, config = open_model(run, device, dtype)
+    if args.tokenizer:
+        enc = load_tokenizer(args.tokenizer)
+    wants_data = args.tasks is None or args.paper or enc is None
+    if wants_data and not config["train"] and not args.data:
         fail(f"{run} holds weights alone: name the data with --data")
     return model, config, enc or load_tokenizer(args.data)
 
 
 def wants_mask(config: dict) -> bool:
     """Returns whether the run was trained with attention inside documents alone."""
-    return bool(config.get("train", {}).get("doc_mask"))
+    return bool(config["train"].get("doc_mask"))
 
 
 def check_knobs(model: MoR, args: Namespace) -> dict:
@@ -855,6 +879,8 @@ def run(args: Namespace, device: str) -> None:
     model, config, enc = open_for_eval(path, args, device)
     c = model.config
     knobs = check_knobs(model, args)
+
+    # tasks are long: with them nothing else is measured, unless it was asked for
     if args.tasks is not None:
         found = {}
         if args.paper:
@@ -864,9 +890,10 @@ def run(args: Namespace, device: str) -> None:
         found |= run_tasks(model, enc, args, knobs)
         print(json.dumps(found))
         if any("error" in score for score in found["tasks"].values()):
-            sys.exit(2)
+            sys.exit(2)  # each has had its line
         return
 
+    # what could fail over the data or the disk does so before the work
     data, meta, shards = open_data(path, args, config, model, enc)
     ids = read_ids(args, enc, shards, c.block_size)
     out = args.out or find_home(path) / "eval"

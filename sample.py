@@ -116,10 +116,10 @@ def check_writable(name: str, file: str | None) -> None:
         fail(f"{name} {file} cannot be written ({e.strerror}): name a file in a directory that exists")
 
 
-def open_model(path: str, device: str, dtype: torch.dtype | None, tokenizer: str | None = None) -> tuple:
-    """Returns (model in eval mode, its tokenizer or None, its run's config or {}) of anything that holds a model.
+def open_model(path: str, device: str, dtype: torch.dtype | None) -> tuple:
+    """Returns (model in eval mode, its tokenizer or None, config of its run) of anything that holds a model.
 
-    Ends the program with one line over what holds none.
+    config["train"] is empty where there was no run. Ends the program with one line over what holds no model.
     """
     home = Path(path)
     weights = home.is_dir() and [*home.glob("*.safetensors"), *home.glob("pytorch_model*.bin")]
@@ -130,8 +130,8 @@ def open_model(path: str, device: str, dtype: torch.dtype | None, tokenizer: str
         model = from_pretrained(home)
     except ValueError as e:
         fail(str(e))
-    file = tokenizer or tokenizer_file(home)
-    return model.to(device, dtype).eval(), load_tokenizer(file) if file else None, {}
+    enc = load_tokenizer(home) if tokenizer_file(home) else None
+    return model.to(device, dtype).eval(), enc, dict(model=model.config.asdict(), train={}, data={})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,7 +392,9 @@ def main(argv: list[str] | None = None) -> None:
     text = read_text(args.file) if args.file else read_argument(args.prompt or "")
     device = open_device(args.device)
     dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, auto=None if device == "cpu" else torch.bfloat16)
-    model, enc, _ = open_model(args.run, device, dtypes[args.dtype], args.tokenizer)
+    model, enc, _ = open_model(args.run, device, dtypes[args.dtype])
+    if args.tokenizer:
+        enc = load_tokenizer(args.tokenizer)
     if enc is None:
         fail(f"{args.run} holds no tokenizer: name it with --tokenizer (a name, a file, or a directory that has one)")
     interactive = args.prompt is None and not args.file and sys.stdin is not None and sys.stdin.isatty()

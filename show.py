@@ -210,7 +210,7 @@ def write_page(
         COLORS="\n".join(style_depth(d, n) for d in range(n + 1)),
         LEGEND="\n".join(legend),
         TEXTS="\n".join(set_text(passage) for passage in passages),
-        ROWS="\n".join(tabulate(passages, n)),
+        ROWS="\n".join(tabulate(passages)),
         ROUTERS="".join(f'<th scope="col">router {r + 1}</th>' for r in range(count_routers(passages))),
     )
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], PAGE)
@@ -280,7 +280,7 @@ def set_text(passage: Passage) -> str:
     return f'<div class="{font}" dir="auto" tabindex="0">{"".join(spans)}</div>'
 
 
-def tabulate(passages: list[Passage], n: int) -> list[str]:
+def tabulate(passages: list[Passage]) -> list[str]:
     """Returns the rows of the table of all tokens."""
     width = count_routers(passages)
     rows = []
@@ -408,18 +408,19 @@ function show(i) {
   spans[i].classList.add("on");
   tip.replaceChildren();
   [...rows[i].cells].forEach((cell, column) => {
-    if (column === 0 || cell.textContent === "") return;
+    const text = cell.textContent.trim();
+    if (column === 0 || text === "") return;
     const line = document.createElement(column === 1 ? "b" : "div");
     if (column === 1) {
-      line.textContent = cell.textContent;
+      line.textContent = text;
     } else {
       const [name, value] = [document.createElement("span"), document.createElement("span")];
       name.textContent = heads[column];
-      value.textContent = cell.textContent;
+      value.textContent = text;
       line.append(name, value);
       if (heads[column].startsWith("router")) {
         const bar = document.createElement("i");
-        bar.style.setProperty("--p", 100 * cell.textContent + "%");
+        bar.style.setProperty("--p", 100 * text + "%");
         line.append(bar);
       }
     }

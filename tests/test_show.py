@@ -37,7 +37,7 @@ class Reader(HTMLParser):
         self.inside.append(tag)
         self.requests += [attrs[k] for k in ("src", "href") if k in attrs]
         if tag == "span":
-            self.spans.append([attrs["class"], ""])
+            self.spans.append([attrs.get("class", ""), ""])
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
