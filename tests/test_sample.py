@@ -18,11 +18,10 @@ import pytest
 import torch
 from conftest import ROOT, make_model, tiny
 
-import sample
-from checkpoint import export, load_run, run_tokenizer, write_state
+from checkpoint import load_run, run_tokenizer, write_state
 from generate import Decoder, Graphs, bucket, draw, generate, uniform
 from model import MoR
-from sample import main
+from sample import main, whole
 from show import Painter, make_visible, token_bytes
 
 WORDS = [bytes([i]) for i in range(256)] + [b"th", b"he", b" t", b"in"]
@@ -429,7 +428,7 @@ def test_numbers_as_people_write_them(run, capsys):
     assert text_of([run, "the", "--seed", 1000 + 2**80], capsys) == usual
     assert text_of([run, "the", "--seed", 1000, "--top-k", "1e30", "--slack", "1e308"], capsys) == usual
     with pytest.raises(ValueError):
-        sample.whole("1e999")
+        whole("1e999")
 
 
 def test_bad_files(run, tmp_path, capsys):
@@ -646,6 +645,12 @@ def test_a_terminal_is_asked_for_lines(run):
 # ---- pages, and models that are no runs
 
 
+def export(run: Path, target: Path) -> None:
+    import checkpoint
+
+    checkpoint.export(str(run), target)
+
+
 def test_a_page_of_the_samples(run, tmp_path, capsys):
     file = tmp_path / "page.html"
     main([str(run), "the <in>", "--samples", "3", "--batch", "2", "--max-new-tokens", "7", "--html", str(file)])
@@ -661,7 +666,7 @@ def test_a_page_of_the_samples(run, tmp_path, capsys):
 
 
 def test_exports_and_directories_of_weights(run, tmp_path, capsys):
-    export(str(run), tmp_path / "weights")
+    export(run, tmp_path / "weights")
     capsys.readouterr()
     flags = ["the in", "--temperature", "0"]
     usual = text_of([run, *flags], capsys)
@@ -682,7 +687,7 @@ def test_a_llama_of_transformers(run, tmp_path, capsys):
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "llama")
-    export(str(run), tmp_path / "weights")
+    export(run, tmp_path / "weights")
     (tmp_path / "llama" / "tokenizer.json").write_bytes((tmp_path / "weights" / "tokenizer.json").read_bytes())
     capsys.readouterr()
     enc = run_tokenizer(run, load_run(run)[2])
