@@ -33,9 +33,11 @@ class KVCache:
         lengths = [ends[-1]] * c.n_block
         if c.n_unshared:
             lengths = [max_len, *lengths, max_len]
-        shapes = [(batch, n, c.n_kv_head, c.head_dim) for n in lengths]
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.k, self.v = [], []
+        for n in lengths:
+            shape = batch, n, c.n_kv_head, c.head_dim
+            self.k.append(torch.zeros(shape, device=device, dtype=dtype))
+            self.v.append(torch.zeros(shape, device=device, dtype=dtype))
 
         self.row: Any = slice(None)  # the rows that a pass works on: all, or [B, 1] after `rows`
         self.every_row = torch.arange(batch, device=device)[:, None]
@@ -96,8 +98,10 @@ class KVCache:
         # reads the window; an index per slot would cost as much as the attention. (flash-attn gets a copy.) Nothing
         # checks the index, so it must lie inside: engine.py asserts that it does, for every row and recursion.
         first = self.row * k.size(1) + start
-        k, v = (t.flatten(0, 1).unfold(0, slots, 1) for t in (k, v))  # [windows, G, E, C]
-        return k[first[:, 0]].permute(0, 3, 1, 2), v[first[:, 0]].permute(0, 3, 1, 2)
+        k = k.flatten(0, 1).unfold(0, slots, 1)  # [windows, G, E, C]
+        v = v.flatten(0, 1).unfold(0, slots, 1)
+        k, v = k[first[:, 0]], v[first[:, 0]]
+        return k.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2)
 
     @property
     def longest_window(self) -> int:
