@@ -574,6 +574,18 @@ def test_command_line_as_documented(corpus):
 BYTES = ("--tokenizer", "bytes.tiktoken", "--val-fraction", "0.3")
 
 
+def test_training_does_not_stop_at_a_long_word(corpus):
+    """The trainer takes hours over a million characters without a border between words, whatever they are."""
+    runs = ["x" * 1_000_000, " " * 1_000_000, "7" * 1_000_000, "_=" * 500_000, "\n\t" * 500_000]
+    texts = [f"a {run} b" for run in runs] + [make_text(i) for i in range(40)]
+    Path("long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    began = time.perf_counter()
+    run("long.jsonl", "--out", "d", "--tokenizer", "train:300", "--val-fraction", "0.3")
+    assert time.perf_counter() - began < 60
+    assert sorted(documents("d", "train") + documents("d", "val")) == sorted(texts)
+    assert prepare.drop_long_words(chinese := "京都。" * 9_000) == chinese  # has borders, but no spaces
+
+
 def write_parquet(path: str | Path, texts: list) -> None:
     import pyarrow as pa
     import pyarrow.parquet
