@@ -84,10 +84,6 @@ OPENAI_RANKS = {
     "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d": "o200k_base",
     "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069": "p50k_base",
 }
-# a run of white space that goes around tiktoken's regex, which 300,000 do not crash and a million do
-LONG_SPACE = 100_000
-# looked for at the beginning of each run only: otherwise runs that are almost as long cost their length squared
-SPACES = re.compile(rf"(?<!\s)\s{{{LONG_SPACE}}}")
 # a word that no tokenizer is trained on: that takes the square of its length, 0.3 s for 10,000, 32 s for 100,000
 LONG_WORD = 10_000
 UNBROKEN = re.compile(rf"(?<!\s)\s{{{LONG_WORD}}}|(?<!\S)\S{{{LONG_WORD}}}")
@@ -368,21 +364,18 @@ def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
 
 
 def encode_array(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Returns the ids of any text as uint32 [tokens]: those that tiktoken gives, also where tiktoken crashes.
+    """Returns the ids of any text as uint32 [tokens]: those that tiktoken gives, also where its regex gives up.
 
-    Between 300,000 and a million white-space characters in a row overflow the stack of its splitting regex, which
-    raises a BaseException. Lone surrogates become "?".
+    Between 300,000 and a million white-space characters in a row overflow the stack of that regex. Lone surrogates
+    become "?".
     """
     if not text.isascii():
         text = replace_surrogates(text)
-    # asked first, since the crash also writes a traceback of its own to the terminal
-    if len(text) < LONG_SPACE or not SPACES.search(text):
-        try:
-            return encoding.encode_to_numpy(text, disallowed_special=())
-        except BaseException as e:
-            if type(e).__name__ != "PanicException":  # its module cannot be imported
-                raise
-    return encode_pieces(encoding, text)
+    try:
+        # not encode_ordinary, in which the same overflow is a panic, which is no Exception and writes to the terminal
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:
+        return encode_pieces(encoding, text)
 
 
 def encode_pieces(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
