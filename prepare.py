@@ -170,7 +170,8 @@ def load_meta(directory: str | Path) -> dict:
     if not path.parent.is_dir():
         fail(f"{directory}: no such data directory; make it with: python prepare.py python --out {directory}")
     if not path.exists():
-        train, val = Shards(directory, "train"), Shards(directory, "val")
+        train = Shards(directory, "train")
+        val = Shards(directory, "val")
         if train.dtype.itemsize != 2:
             fail(f"{directory}: uint32 shards need a meta.json that names their tokenizer, vocab_size and eot")
         meta = dict(vocab_size=50257, tokenizer="gpt2", eot=50256, train_tokens=len(train), val_tokens=len(val))
@@ -1515,6 +1516,13 @@ def parse_count(text: str) -> int:
     return value
 
 
+def spell_name(path: Path) -> str:
+    """Returns a name as the terminal can show it, with backslashes for controls and for what its character set lacks."""
+    name = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return name.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -1543,11 +1551,9 @@ def main() -> None:
     size = meta["train_bytes"] + meta["val_bytes"]
     train = meta["train_tokens"]
     val = meta["val_tokens"]
-    # the name of a directory need not be text that this terminal can show
-    shown = str(args.out).encode(getattr(sys.stdout, "encoding", "utf-8"), "backslashreplace").decode(errors="replace")
     print(
-        f"{shown}: {size / 1e6:.1f} MB of text in {seconds:.1f} s, {train:,} train and {val:,} val tokens, "
-        f"vocabulary {meta['vocab_size']}, {size / (train + val):.2f} bytes a token"
+        f"{spell_name(args.out)}: {size / 1e6:.1f} MB of text in {seconds:.1f} s, {train:,} train and {val:,} val "
+        f"tokens, vocabulary {meta['vocab_size']}, {size / (train + val):.2f} bytes a token"
     )
 
 
