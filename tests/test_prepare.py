@@ -574,6 +574,18 @@ def test_command_line_as_documented(corpus):
 BYTES = ("--tokenizer", "bytes.tiktoken", "--val-fraction", "0.3")
 
 
+def test_training_does_not_stop_at_a_long_word(corpus):
+    """The trainer takes hours over a million characters without a border between words, whatever they are."""
+    runs = ["x" * 1_000_000, " " * 1_000_000, "7" * 1_000_000, "_=" * 500_000, "\n\t" * 500_000]
+    texts = [f"a {run} b" for run in runs] + [make_text(i) for i in range(40)]
+    Path("long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    began = time.perf_counter()
+    run("long.jsonl", "--out", "d", "--tokenizer", "train:300", "--val-fraction", "0.3")
+    assert time.perf_counter() - began < 60
+    assert sorted(documents("d", "train") + documents("d", "val")) == sorted(texts)
+    assert prepare.drop_long_words(chinese := "京都。" * 9_000) == chinese  # has borders, but no spaces
+
+
 def write_parquet(path: str | Path, texts: list) -> None:
     import pyarrow as pa
     import pyarrow.parquet
@@ -824,7 +836,15 @@ def test_a_parent_that_is_not_ours(corpus, monkeypatch):
     byte_ranks("bytes.tiktoken")
     Path("theirs/d").mkdir(parents=True)
     access = os.access
+    make = os.mkdir
+
+    def mkdir(path, *args, **options):
+        if Path(path).parent.name == "theirs":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *args, **options)
+
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "theirs" and access(path, mode))
+    monkeypatch.setattr(os, "mkdir", mkdir)
     run("corpus.jsonl", "--out", "theirs/d", *BYTES)
     assert len(documents("theirs/d", "val")) > 0 and os.listdir("theirs") == ["d"]
 
@@ -978,6 +998,8 @@ def test_locale_names_and_home(corpus, monkeypatch):
             done = start(f"{name}.{suffix}", "--out", name, "--overwrite", *BYTES, **environment)
             assert (done.returncode, done.stderr) == (0, "") and "tokens, vocabulary 257" in done.stdout
             assert len(documents(name, "train") + documents(name, "val")) == 20
+    done = start("naïve.jsonl", "--out", "a\x9b2Jb\x1b[5m", *BYTES)
+    assert done.returncode == 0 and done.stdout.startswith(r"a\x9b2Jb\x1b[5m: ")  # neither clears nor blinks
     Path("set").mkdir()
     write_parquet("set/train.parquet", [make_text(i) for i in range(20)])
     Path("file").write_text("")
