@@ -744,7 +744,9 @@ class Run:
         return self.meta["eot"] if self.cfg.doc_mask else None
 
     def saved_config(self) -> dict:
-        return dict(model=self.config.asdict(), train=asdict(self.cfg), data=self.meta)
+        """Returns what config.json and checkpoints hold, as JSON gives it back: with lists for tuples."""
+        config = dict(model=self.config.asdict(), train=asdict(self.cfg), data=self.meta)
+        return json.loads(json.dumps(config))
 
     def autocast(self):
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.cfg.dtype == "bf16" else nullcontext()
@@ -957,7 +959,8 @@ def resume(run: Run, path: Path, saved: dict, tensors: dict) -> None:
 def check_same_run(run: Run, path: Path, saved: dict) -> tuple[list[str], dict]:
     """Refuses another model or tokenizer, and a step that the schedule does not have -> (what else differs between this
     command and the checkpoint's, in words; the fields of SCHEDULE, where they are not this command's)."""
-    now, then = (json.loads(json.dumps(c)) for c in (run.saved_config(), saved["config"]))  # tuples become lists
+    now = run.saved_config()
+    then = json.loads(json.dumps(saved["config"]))  # older checkpoints hold tuples
     there = then["model"]
     model = [f"{k} {there.get(k)} there, {v} here" for k, v in now["model"].items() if v != there.get(k)]
     if model:
