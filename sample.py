@@ -155,11 +155,15 @@ def read_text(file: str) -> str:
 
 
 def read_argument(text: str) -> str:
-    """Returns a command-line argument as UTF-8, whatever the locale made of it."""
+    """Returns a command-line argument as the UTF-8 that it was typed in, whatever the locale made of it."""
     try:
         return os.fsencode(text).decode()
-    except UnicodeError:
-        return text
+    except UnicodeDecodeError as e:
+        if any(
+            0xD800 <= ord(c) < 0xE000 for c in text
+        ):  # how Python hands on bytes that its own reading had no use for
+            fail(f"PROMPT is not UTF-8 text (byte {e.start}): put it into a file, converted with iconv")
+        return text  # of a terminal with another encoding, which the locale knows
 
 
 def read_records(file: str) -> list[dict]:
