@@ -175,8 +175,8 @@ def read_records(file: str) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
+        except (ValueError, RecursionError) as e:
+            fail(f"{file}: line {number} is not JSON ({e})")
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             fail(f'{file}: line {number} is not {{"prompt": "..."}}')
         records.append(record)
