@@ -127,8 +127,8 @@ def routing_heatmap(
     return figure
 
 
-def make_labeller():
-    """Returns a function from a token to a label of at most 14 characters, all of which the font has."""
+def make_labeller(size: int = 14):
+    """Returns a function from a token to a label of at most `size` characters, all of which DejaVu Sans Mono has."""
     from matplotlib import font_manager, ft2font
 
     font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans Mono"))
@@ -139,7 +139,7 @@ def make_labeller():
         text = ""
         for c in token.translate(SPELLED):
             text += c if c.isprintable() and font.get_char_index(ord(c)) else f"\\u{ord(c):04x}"
-        return text if len(text) <= 14 else text[:13] + "…"
+        return text if len(text) <= size else text[: size - 1] + "…"
 
     return label
 
