@@ -64,7 +64,7 @@ from generate import Decoder, generate
 from model import MoR, MoRConfig, Pass
 from prepare import Shards, load_meta, load_tokenizer
 from sample import check_writable, open_model, read_text, whole
-from show import make_visible, read_passage, routing_heatmap, token_bytes, write_page
+from show import make_labeller, make_visible, read_passage, routing_heatmap, token_bytes, write_page
 
 THRESHOLDS = (0.01, 0.1, 0.5, 0.9, 0.99)
 NORMALISED = ("hellaswag", "piqa", "arc_easy", "arc_challenge")  # accuracy by byte length of the answer
@@ -462,6 +462,7 @@ def print_models(rows: list[dict]) -> None:
 def draw_models(rows: list[dict], file: Path) -> None:
     """Draws loss against cost, a point a model; top-k, which is not causal, is hollow."""
     figure, (axis,) = new_figure(6.4, 4)
+    label = make_labeller(32)
     for i, row in enumerate(rows):
         color = f"C{i % 10}"
         losses = [loss for loss in (row["causal"], row["topk"]) if loss is not None]
@@ -470,12 +471,10 @@ def draw_models(rows: list[dict], file: Path) -> None:
             axis.plot(row["mflops"], row["causal"], "o", color=color)
         if row["topk"] is not None:
             axis.plot(row["mflops"], row["topk"], "o", color=color, fillstyle="none")
-        name = make_visible(row["run"])
-        if len(name) > 32:
-            name = "…" + name[-31:]
+        name = label(row["run"][-32:])
         name += f"\n{row['parameters'] / 1e6:.1f}M parameters"
-        label = axis.annotate(name, (row["mflops"], losses[0]), (7, 5), textcoords="offset points", fontsize=8)
-        label.set_parse_math(False)  # a name may have dollar signs
+        text = axis.annotate(name, (row["mflops"], losses[0]), (7, 5), textcoords="offset points", fontsize=8)
+        text.set(family="DejaVu Sans Mono", parse_math=False)  # a name may have dollar signs
     axis.margins(x=0.25, y=0.2)
     axis.set(xlabel="mean forward MFLOPs per token", ylabel="nats per token (filled: causal, hollow: top-k)")
     figure.savefig(file, dpi=130)

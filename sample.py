@@ -155,11 +155,15 @@ def read_text(file: str) -> str:
 
 
 def read_argument(text: str) -> str:
-    """Returns a command-line argument as UTF-8, whatever the locale made of it."""
+    """Returns a command-line argument as the UTF-8 that it was typed in, whatever the locale made of it."""
     try:
         return os.fsencode(text).decode()
-    except UnicodeError:
-        return text
+    except UnicodeDecodeError as e:
+        if any(
+            0xD800 <= ord(c) < 0xE000 for c in text
+        ):  # how Python hands on bytes that its own reading had no use for
+            fail(f"PROMPT is not UTF-8 text (byte {e.start}): put it into a file, converted with iconv")
+        return text  # of a terminal with another encoding, which the locale knows
 
 
 def read_records(file: str) -> list[dict]:
@@ -171,8 +175,8 @@ def read_records(file: str) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
+        except (ValueError, RecursionError) as e:
+            fail(f"{file}: line {number} is not JSON ({e})")
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             fail(f'{file}: line {number} is not {{"prompt": "..."}}')
         records.append(record)
@@ -249,13 +253,14 @@ def draw_samples(decoder: Decoder, enc, ids: list[int], args: Namespace, samplin
 def continue_one(model: MoR, enc, text: str, args: Namespace) -> None:
     """Samples of one prompt, with what was asked for beside them."""
     block = model.config.block_size
+    # what is asked for, before what takes time
     ids = encode(enc, text, block)
     check_request(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     batch = min(args.batch, args.samples)
     new = min(args.max_new_tokens, block - len(ids))
     sampling, options = read_settings(args, enc.eot_token, -(-args.samples // batch) * new)
     decoder = Decoder(model, batch, bucket(len(ids) + new, block), **options)
-    if options["compile"]:
+    if options["compile"]:  # apart, so that the speed below is that of decoding
         start = time.perf_counter()
         generate(model, [ids], 2, decoder=decoder, **sampling)
         print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
@@ -332,6 +337,7 @@ def continue_many(model: MoR, enc, records: list[dict], args: Namespace) -> None
             room = max(1, min(args.max_new_tokens, block - len(prompt)))
             requests.append(engine.submit(prompt, room, seed=args.seed + i, **sampling))
 
+    # results leave in order: what is done early waits for those before it
     printed = 0
     with tqdm(total=len(requests), unit=" prompts", disable=None) as bar:
         while engine.step() or printed < len(requests):
@@ -388,6 +394,8 @@ def main(argv: list[str] | None = None) -> None:
             setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     args = read_flags(argv)
+
+    # text first: a file that cannot be read should not cost the loading of a model
     records = read_records(args.prompts) if args.prompts else []
     text = read_text(args.file) if args.file else read_argument(args.prompt or "")
     device = open_device(args.device)
@@ -397,6 +405,8 @@ def main(argv: list[str] | None = None) -> None:
         enc = load_tokenizer(args.tokenizer)
     if enc is None:
         fail(f"{args.run} holds no tokenizer: name it with --tokenizer (a name, a file, or a directory that has one)")
+
+    # without a prompt a terminal is asked; a pipe, or a page to be written, gets a document from its beginning
     interactive = args.prompt is None and not args.file and sys.stdin is not None and sys.stdin.isatty()
     try:
         if records:

@@ -127,8 +127,8 @@ def routing_heatmap(
     return figure
 
 
-def make_labeller():
-    """Returns a function from a token to a label of at most 14 characters, all of which the font has."""
+def make_labeller(size: int = 14):
+    """Returns a function from a token to a label of at most `size` characters, all of which DejaVu Sans Mono has."""
     from matplotlib import font_manager, ft2font
 
     font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans Mono"))
@@ -139,7 +139,7 @@ def make_labeller():
         text = ""
         for c in token.translate(SPELLED):
             text += c if c.isprintable() and font.get_char_index(ord(c)) else f"\\u{ord(c):04x}"
-        return text if len(text) <= 14 else text[:13] + "…"
+        return text if len(text) <= size else text[: size - 1] + "…"
 
     return label
 
@@ -207,6 +207,7 @@ def write_page(
         COUNT=f"{len(flat):,}",
         MEAN=f"{sum(flat) / max(1, len(flat)):.2f}",
         N=str(n),
+        GIVEN=" The prompt is underlined." if any(p.prompt for p in passages) else "",
         COLORS="\n".join(style_depth(d, n) for d in range(n + 1)),
         LEGEND="\n".join(legend),
         TEXTS="\n".join(set_text(passage) for passage in passages),
@@ -376,7 +377,7 @@ details td:nth-child(2), details th:nth-child(2) { text-align: left; white-space
 </table>
 <p>{{COUNT}} tokens took {{MEAN}} of {{N}} recursions on average. Loss: how badly tokens of that depth predict what
 comes next. Press a depth to see it alone; point at a token, or walk with the arrow keys, to see what the router
-said.</p>
+said.{{GIVEN}}</p>
 </aside>
 <details>
 <summary>All tokens as a table</summary>

@@ -613,6 +613,14 @@ def test_text_is_utf8_in_any_locale(run, locale):
     assert done.returncode == 0 and done.stdout.decode("utf-8", "replace").startswith("h\u00e9 \u20ac")
 
 
+@pytest.mark.parametrize("locale", [dict(LC_ALL="C.UTF-8"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")])
+def test_an_argument_in_another_encoding_is_refused(run, locale):
+    argv = [sys.executable, ROOT / "sample.py", run, b"caf\xe9"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | locale)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: PROMPT is not UTF-8 text (byte 3)") and done.stderr.count("\n") == 1
+
+
 def test_a_terminal_is_asked_for_lines(run):
     """A line is continued in colour, a bad one is refused alone, Ctrl-D ends; one decoder serves all of them."""
     main_end, end = pty.openpty()
