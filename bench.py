@@ -12,6 +12,7 @@ Measures what a Mixture-of-Recursions costs and how fast it is, beside its basel
     python bench.py serve                             # continuous depth-wise batching against vanilla's, untrained
     python bench.py serve --run out/NAME              # the same by what a checkpoint's routers decide
     python bench.py serve vanilla expert-3 --widths 8 16 32 64 --no-equal-memory       # tokens/s against width
+    python bench.py launches vanilla expert-3 --preset 360M --layers 0 --vocab 0   # kernels per stage of a GPU, counted
     python bench.py plot results/*.json -o results.png
 
 A variant is vanilla, recursive-N, expert-N, share-N (expert choice, shared K/V) or token-N with N recursions. All have
@@ -40,6 +41,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -1150,6 +1152,69 @@ def measure_serving(args: Namespace) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# launches
+
+
+def list_stages(config: MoRConfig, args: Namespace) -> dict[str, tuple]:
+    """Returns the stages that serving compiles, by name: a function, then its arguments, fake tensors on "cuda"."""
+    torch.set_default_dtype(DTYPES[args.dtype])  # a model of fake tensors cannot be cast
+    model = MoR(config).eval()
+    torch.set_default_dtype(torch.float32)
+    W = args.width
+    routed = config.router != "none"
+    engine = Engine(model, 2 * W - 1 if routed else W, W, config.block_size, slack=1.0)
+    row = torch.zeros(W, dtype=torch.long)
+    stages = {
+        "turn": (lambda row, given: engine.turn(row, given, False), row, row),
+        "turn, top-k": (lambda row, given: engine.turn(row, given, True), row, row),
+    }
+    if routed:
+        stages["block"] = (engine.block, row, row)
+    cache = model.make_cache(1, config.block_size)
+    prompt = torch.zeros(1, config.block_size * 2 // 3, dtype=torch.long)
+    stages["prefill"] = (
+        lambda idx, lengths: model.prefill(idx, lengths, cache),
+        prompt,
+        torch.zeros(1, dtype=torch.long),
+    )
+    return {name: stage for name, stage in stages.items() if name in args.stages}
+
+
+def count_stage_launches(config: MoRConfig, args: Namespace) -> dict[str, dict[str, int]]:
+    """Returns the launches of each stage by kind of kernel. Mocks torch.cuda: for a process of its own."""
+    sys.path.append(str(Path(__file__).parent / "tests"))
+    from fake_cuda import count_launches, pretend
+
+    with pretend():
+        return {name: dict(count_launches(*stage)) for name, stage in list_stages(config, args).items()}
+
+
+def report_launches(args: Namespace) -> dict[str, Any]:
+    """Prints how many kernels each stage launches on an H100, which need not be there. At small widths a stage takes as
+    long as its launches, so this is what a GPU's time will follow."""
+    if find_spec("triton") is None:
+        fail("the kernels of a GPU are written in Triton: pip install triton==3.9.0")
+    rows = []
+    for variant in args.variants or ["vanilla", "expert-3"]:
+        config = make_config(variant, args.preset, args.new * 3 // 2, **choose_size(args))
+        counts = run_in_fresh_process(count_stage_launches, config, args, env={})
+        total = {stage: sum(kinds.values()) for stage, kinds in counts.items()}
+        for stage, kinds in counts.items():
+            rows.append(dict(name=variant, layers=describe_layers(config), stage=stage, launches=total[stage], **kinds))
+        # of `width` tokens: a turn, and as many blocks as balanced routing needs
+        if "turn" in total and (config.router == "none" or "block" in total):
+            step = total["turn"] + total.get("block", 0) * sum(config.capacities[1:])
+            rows.append(dict(name=variant, stage="a token for each row", launches=round(step)))
+    print(
+        f"kernel launches as {args.dtype} code for sm_90 has them: width {args.width}, {args.new * 3 // 2} tokens a row"
+    )
+    print_table(
+        rows, "variant=name|layers=layers|stage=stage|launches=launches:d|Triton=triton:d|matmul=matmul:d|other=other:d"
+    )
+    return dict(about=describe_run(args), rows=rows, warnings=[])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # plot
 
 COLORS = ("#8fb8de", "#3b75af", "#c9c9c9")
@@ -1304,12 +1369,19 @@ PANELS = {"cost": plot_cost, "train": plot_train, "decode": plot_decode, "serve"
 # ----------------------------------------------------------------------------------------------------------------------
 # command line
 
-COMMANDS = {"cost": report_cost, "train": measure_training, "decode": measure_decoding, "serve": measure_serving}
+COMMANDS = {
+    "cost": report_cost,
+    "train": measure_training,
+    "decode": measure_decoding,
+    "serve": measure_serving,
+    "launches": report_launches,
+}
 TINY = {  # what --quick changes of a command's flags
     "cost": {},
     "train": dict(batch=2, seq=64, rounds=2),
     "decode": dict(batch=[2], prompt=12, new=8, rounds=2),
     "serve": dict(new=16, rounds=2, seconds=1.0),
+    "launches": dict(width=4, new=16),
 }
 
 
@@ -1372,6 +1444,16 @@ def build_parser() -> Parser:
     add_switch(serve, "compile", "compile the stages")
     add_switch(serve, "equal-memory", "also as many slots as fit in the K/V memory of vanilla's")
 
+    launches = commands.add_parser(
+        "launches", parents=[common, model], help="kernels per stage of an H100, without one"
+    )
+    launches.add_argument("--width", type=int, default=32, help="rows per batch (default 32)")
+    launches.add_argument("--new", type=int, default=256, help="as for serve (default 256)")
+    stages = ["turn", "turn, top-k", "block", "prefill"]
+    launches.add_argument(
+        "--stages", nargs="+", choices=stages, default=stages, metavar="STAGE", help=", ".join(stages)
+    )
+
     panels = commands.add_parser("plot", help="JSON of the others -> PNG, a panel per file")
     panels.add_argument("files", nargs="+", metavar="FILE.json")
     panels.add_argument("-o", "--out", required=True, metavar="FILE.png")
@@ -1385,7 +1467,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "plot":
         return plot(args)
     args.argv = argv or sys.argv[1:]
-    for name in ("batch", "seq", "prompt", "new", "rounds", "devices", "widths"):
+    for name in ("batch", "seq", "prompt", "new", "rounds", "devices", "widths", "width"):
         value = getattr(args, name, 1)
         smallest = min(value) if isinstance(value, list) else value
         if smallest < 1:

@@ -1,6 +1,8 @@
 """bench.py: every command in its quick form, the shape of its JSON, and counts against numbers worked out by hand."""
 
 import json
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -166,6 +168,51 @@ def test_quick_cost_and_plot(tmp_path, capsys):
     assert half["profile"]["matmul"] > 0 and half["profile"]["attention backward"] > 0
     bench.main(["plot", *files, "-o", str(tmp_path / "out.png")])
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- launches: on fake tensors, in processes of their own
+
+
+def count_known_launches() -> dict:
+    """Counts a function whose kernels are known."""
+    from fake_cuda import count_launches, pretend
+
+    with pretend():
+        x, w = torch.zeros(2, 3, 64, 64, dtype=torch.bfloat16)[0], torch.zeros(3, 64, 64, dtype=torch.bfloat16)
+        products = dict(count_launches(lambda x, w: (x[0] @ w[0]).relu() @ w[1] + 1, x, w))
+        attention = dict(count_launches(lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x), x[None]))
+    return dict(products=products, attention=attention)
+
+
+def test_launches_are_counted_without_a_gpu(capsys):
+    pytest.importorskip("triton")
+    known = bench.run_in_fresh_process(count_known_launches, env={})
+    assert known["products"] == {"matmul": 2, "triton": 2} and known["attention"]["other"] == 1
+    result, text = run(capsys, "launches", "expert-2", "--quick", "--stages", "block")
+    check_schema(result, "launches")
+    (row,) = result["rows"]
+    assert (row["stage"], row["launches"]) == ("block", row["triton"] + row["matmul"]) and "sm_90" in text
+    assert row["launches"] <= 26  # one layer, its router and its cache: a ceiling that may only come down
+
+
+# ---- what the documents say
+
+
+def documented_commands() -> list[str]:
+    """Returns the arguments of every complete bench.py command in README.md, RESULTS.md and the docstring."""
+    commands = re.findall(r"^    python bench.py ([^#\n]*)", bench.__doc__, re.MULTILINE)
+    for name in ("README.md", "RESULTS.md"):
+        commands += re.findall(r"`bench\.py (\w+ [^`]+)`", (ROOT / name).read_text())
+    return [" ".join(command.split()) for command in commands]
+
+
+def test_documented_commands_parse():
+    commands = documented_commands()
+    assert len(commands) > 20 and {command.split()[0] for command in commands} >= {*bench.COMMANDS, "plot"}
+    for command in commands:
+        args = bench.build_parser().parse_args(shlex.split(command))
+        for variant in getattr(args, "variants", []):
+            bench.make_config(variant, args.preset, 512)
 
 
 # ---- its parts
