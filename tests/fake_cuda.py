@@ -5,7 +5,7 @@
 
 Tensors are torch's FakeTensors, which have a shape and a device but no memory. Inductor sees the properties of an H100,
 writes its Triton kernels and the Python that launches them, and is stopped before it would load either. Needs a C++
-compiler and the package triton, which CPU builds of torch do not bring.
+compiler and, for counting, the package triton, which CPU builds of torch do not bring.
 """
 
 import ctypes
@@ -129,7 +129,6 @@ def pretend() -> Iterator[None]:
     if not torch.backends.cuda.is_built():
         load_guard()
     mock_device()
-    mock_compiler()
     F.scaled_dot_product_attention = attend
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), torch.no_grad():
         yield
@@ -137,6 +136,7 @@ def pretend() -> Iterator[None]:
 
 def write_code(function: Callable, *args) -> str:
     """Returns the Python that Inductor writes for function(*args): kernels, and `call`, which launches them."""
+    mock_compiler()
     torch._dynamo.reset()
     # every index is clamped or was checked on the host, as generate.py says
     options = {"assert_indirect_indexing": False}
