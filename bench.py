@@ -40,7 +40,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescri
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import get_context
@@ -55,11 +55,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as model_file
+import ops
 from checkpoint import load_run
 from cli import Parser, fail, open_device
+from config import PRESETS, MoRConfig
 from engine import Engine
 from generate import Decoder, Graphs, generate
-from model import PRESETS, MoR, MoRConfig
+from model import MoR
 from train import DTYPES, TrainConfig, make_optimizer, matmul_peak
 
 KINDS = {
@@ -194,12 +196,13 @@ def attend_by_sdpa(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
 PLAIN_KERNELS = {"linear": F.linear, "attend_cache": attend_by_sdpa}
 
 
-def replace_kernel(name: str | None) -> AbstractContextManager:
+def replace_kernel(name: str | None) -> ExitStack:
     """Returns a context in which the model calls torch's plain function for a fast one; None: nothing is replaced. It
-    must be open when the model compiles."""
-    if name is None:
-        return nullcontext()
-    return patch.object(model_file, name, PLAIN_KERNELS[name])
+    must be open when the model compiles. model.py imports the kernels by name, so they are replaced there as well."""
+    context = ExitStack()
+    for module in (model_file, ops) if name else ():
+        context.enter_context(patch.object(module, name, PLAIN_KERNELS[name]))
+    return context
 
 
 def count_block_params(model: MoR) -> int:
