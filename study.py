@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,9 +43,10 @@ import torch
 
 from checkpoint import checkpoints, load_run, step_of
 from cli import Parser, fail, flag
+from eval import THRESHOLDS, flops, fractions, measure, rounded
 from model import CHOICES as MODEL_CHOICES
 from model import MoR, MoRConfig
-from prepare import load_meta
+from prepare import Shards, load_meta
 from train import read_metrics
 
 ROOT = Path(__file__).resolve().parent
@@ -54,43 +55,44 @@ ROOT = Path(__file__).resolve().parent
 def arms(layers: int) -> dict[str, tuple[str, dict]]:
     """Returns the kinds of model: name -> (the arm whose learning rate it takes, MoRConfig fields).
 
-    layers: unrolled depth L. MoR-3 costs about as much as 2 + (L - 2) 2/3 layers, and has 2 + (L - 2) / 3 of its own."""
+    layers: unrolled depth L. MoR-3 costs about what 2 + (L - 2) 2/3 layers cost, and has 2 + (L - 2) / 3 of its own."""
     mean, unique = 2 + (layers - 2) * 2 // 3, 2 + (layers - 2) // 3
-    mor = dict(router="expert")
+    two, three = dict(n_recursion=2), dict(n_recursion=3)
+    expert = dict(router="expert")
     return {
         "vanilla": ("vanilla", dict()),
-        "vanilla, MoR-3's mean depth": ("vanilla", dict(n_layer=mean)),
-        "vanilla, MoR-3's parameters": ("vanilla", dict(n_layer=unique)),
-        "recursive-2": ("recursive-3", dict(n_recursion=2)),
-        "recursive-3": ("recursive-3", dict(n_recursion=3)),
-        "recursive, MoR-3's mean depth": ("recursive-3", dict(n_recursion=2, n_layer=mean)),
-        "MoR-2": ("MoR-2", dict(n_recursion=2) | mor),
-        "MoR-3": ("MoR-3", dict(n_recursion=3) | mor),
-        # controls: all but the choice of tokens is MoR-3's
-        "MoR-3 random": ("MoR-3", dict(n_recursion=3, router="random")),
-        "MoR-3 position": ("MoR-3", dict(n_recursion=3, router="position")),
-        "MoR-3 gate alone": ("MoR-3", dict(n_recursion=3, capacity=(1.0, 1.0, 1.0)) | mor),
-        "MoR-2 gate alone": ("MoR-2", dict(n_recursion=2, capacity=(1.0, 1.0)) | mor),
-        # variants
-        "MoR-3 token": ("MoR-3", dict(n_recursion=3, router="token")),
-        "MoR-3 token, none dropped": ("MoR-3", dict(n_recursion=3, router="token", capacity_slack=3.0)),
-        "MoR-3 shared KV": ("MoR-3", dict(n_recursion=3, kv="share") | mor),
-        "MoR-3 auxiliary 16e-3": ("MoR-3", dict(n_recursion=3, aux_coef=1.6e-2) | mor),
-        "MoR-2, MoR-3's block": ("MoR-3", dict(n_recursion=2, n_layer=mean) | mor),
-        "recursive-3 cycle": ("recursive-3", dict(n_recursion=3, sharing="cycle")),
-        "recursive-3 sequence": ("recursive-3", dict(n_recursion=3, sharing="sequence")),
-        "recursive-3 middle sequence": ("recursive-3", dict(n_recursion=3, sharing="middle_sequence")),
+        "vanilla at mean depth": ("vanilla", dict(n_layer=mean)),
+        "vanilla at equal parameters": ("vanilla", dict(n_layer=unique)),
+        "recursive-2": ("recursive-3", two),
+        "recursive-3": ("recursive-3", three),
+        "recursive at mean depth": ("recursive-3", two | dict(n_layer=mean)),
+        "MoR-2": ("MoR-2", two | expert),
+        "MoR-3": ("MoR-3", three | expert),
+        # controls: all but the choice of tokens is as in the MoR
+        "MoR-3 random": ("MoR-3", three | dict(router="random")),
+        "MoR-3 position": ("MoR-3", three | dict(router="position")),
+        "MoR-3 gate alone": ("MoR-3", three | expert | dict(capacity=(1.0, 1.0, 1.0))),
+        "MoR-2 gate alone": ("MoR-2", two | expert | dict(capacity=(1.0, 1.0))),
+        # variants of the MoR, and of sharing
+        "MoR-3 token": ("MoR-3", three | dict(router="token")),
+        "MoR-3 token, none dropped": ("MoR-3", three | dict(router="token", capacity_slack=3.0)),
+        "MoR-3 shared KV": ("MoR-3", three | expert | dict(kv="share")),
+        "MoR-3 auxiliary 16e-3": ("MoR-3", three | expert | dict(aux_coef=1.6e-2)),
+        "MoR-2 of MoR-3 blocks": ("MoR-3", two | expert | dict(n_layer=mean)),
+        "recursive-3 cycle": ("recursive-3", three | dict(sharing="cycle")),
+        "recursive-3 sequence": ("recursive-3", three | dict(sharing="sequence")),
+        "recursive-3 middle sequence": ("recursive-3", three | dict(sharing="middle_sequence")),
     }
 
 
 HEAD = ("vanilla", "MoR-3", "MoR-2", "recursive-3")
 SWEPT = {"adamw": HEAD, "muon": ("vanilla", "MoR-3", "recursive-3")}
-CONTROLS = "recursive, MoR-3's mean depth; MoR-3 gate alone; MoR-3 random; MoR-3 position; MoR-2 gate alone".split("; ")
-SMALLER = ("vanilla, MoR-3's mean depth", "vanilla, MoR-3's parameters")
-VARIANTS = (
-    "MoR-3 token; MoR-3 token, none dropped; MoR-3 shared KV; MoR-3 auxiliary 16e-3; MoR-2, MoR-3's block; "
-    "recursive-3 cycle; recursive-3 sequence; recursive-3 middle sequence"
-).split("; ")
+CONTROLS = ("recursive at mean depth", "MoR-3 gate alone", "MoR-2 gate alone", "MoR-3 random", "MoR-3 position")
+SMALLER = ("vanilla at mean depth", "vanilla at equal parameters")
+ROUTERS = ("MoR-3 token", "MoR-3 token, none dropped", "MoR-3 shared KV", "MoR-3 auxiliary 16e-3")
+SHARING = (
+    "MoR-2 of MoR-3 blocks", "recursive-3 cycle", "recursive-3 sequence", "recursive-3 middle sequence",
+)  # fmt: skip
 STAGES = (  # (optimizer, arms, widths, which budget, seeds), most wanted first; "main" is one width, "others" the rest
     ("adamw", HEAD, "main", 0, (1, 2)),
     ("adamw", ("recursive-2", *CONTROLS), "main", 0, (0,)),
@@ -98,14 +100,20 @@ STAGES = (  # (optimizer, arms, widths, which budget, seeds), most wanted first;
     ("adamw", HEAD, "main", 1, (0, 1, 2)),
     ("adamw", ("vanilla", "MoR-3", "MoR-2"), "others", 1, (0,)),
     ("adamw", CONTROLS, "main", 0, (1, 2)),
-    ("adamw", (*CONTROLS, "recursive-2", *SMALLER), "main", 1, (0,)),
-    ("muon", ("vanilla", "MoR-3", "recursive-3"), "main", 1, (0, 1, 2)),
+    ("adamw", ("recursive-2", *CONTROLS, *SMALLER), "main", 1, (0,)),
+    ("muon", SWEPT["muon"], "main", 1, (0, 1, 2)),
     ("adamw", CONTROLS, "main", 1, (1, 2)),
-    ("adamw", VARIANTS, "main", 0, (0,)),
-    ("adamw", VARIANTS, "main", 1, (0,)),
+    ("adamw", (*ROUTERS, *SHARING), "main", 0, (0,)),
+    ("adamw", (*ROUTERS, *SHARING), "main", 1, (0,)),
     ("adamw", HEAD, "main", 2, (0,)),
     ("adamw", ("vanilla", "MoR-2"), "others", 2, (0,)),
 )
+PAIRS = (  # (arm, minus arm) whose losses are compared
+    ("MoR-3", "vanilla"), ("MoR-2", "vanilla"), ("recursive-3", "vanilla"), ("recursive-2", "vanilla"),
+    ("MoR-3", "recursive-3"), ("MoR-2", "recursive-2"),
+    *(("MoR-3", control) for control in (*CONTROLS[:2], *CONTROLS[3:], *SMALLER)), ("MoR-2", "MoR-2 gate alone"),
+    *((variant, "MoR-3") for variant in ROUTERS), *((variant, "recursive-3") for variant in SHARING[1:]),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,8 @@ class Spec:
 
     @property
     def key(self) -> str:
-        name = re.sub(r"[^\w.-]+", "-", self.arm.replace("'", ""))
-        return f"{name}_d{self.width}_{self.budget:.0e}_{self.optimizer}_lr{self.lr}_s{self.seed}".replace("e+", "e")
+        parts = f"{self.arm}_d{self.width}_{self.budget:g}_{self.optimizer}_lr{self.lr:g}_s{self.seed}"
+        return re.sub(r"[^\w.-]+", "-", parts.replace("e+", "e"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,62 +140,57 @@ class Spec:
 def model_config(args, spec: Spec) -> MoRConfig:
     """Returns the model of a run. A head is 64 wide from width 256 on; two query heads share a key/value head."""
     heads = 2 * max(2, spec.width // 128)
-    sizes = dict(n_layer=args.layers, d_model=spec.width, d_ff=3 * spec.width, n_head=heads, n_kv_head=heads // 2)
-    fixed = dict(vocab_size=args.vocab_size, block_size=args.block_size)
-    own = arms(args.layers)[spec.arm][1]
-    if own.get("sharing", "middle_cycle").startswith("middle"):
-        return MoRConfig(**fixed | sizes | own)
-    return MoRConfig.resized(fixed | sizes, own)  # the depth grows until the recursions divide it
+    sizes = dict(d_model=spec.width, d_ff=3 * spec.width, n_head=heads, n_kv_head=heads // 2)
+    sizes |= dict(n_layer=args.layers, vocab_size=args.vocab_size, block_size=args.block_size)
+    return MoRConfig.resized(sizes, arms(args.layers)[spec.arm][1])
 
 
-def count(config: MoRConfig, T: int) -> dict:
+def count_costs(config: MoRConfig) -> dict:
     """Returns the forward FLOPs per token, head included, by both conventions, and the parameters. The paper counts the
-    projections of keys and values at full width, whatever the grouping of heads."""
+    projections of keys and values at full width, however heads are grouped."""
+    T = config.block_size
     with torch.device("meta"):
         model, full = MoR(config), MoR(replace(config, n_kv_head=config.n_head))
-    return dict(
-        flops_per_token=model.flops_per_token(T, head=True),
-        flops_per_token_paper=full.flops_per_token(T, head=True),
-        params=model.num_params(),
-        params_embedding=model.num_params(embedding=True),
-    )
+    costs = dict(flops_per_token=model.flops_per_token(T, head=True))
+    costs |= dict(flops_per_token_paper=full.flops_per_token(T, head=True))
+    return costs | dict(params=model.num_params(), params_embedding=model.num_params(embedding=True))
 
 
-def schedule(args, spec: Spec, flops_per_token: float) -> dict:
-    """Returns steps, warm-up, cool-down and the steps between checkpoints. The budget must be met within 1 %."""
+def make_schedule(args, spec: Spec, flops_per_token: float) -> dict:
+    """Returns steps, warm-up, cool-down and the steps between checkpoints; ends the program over a budget that whole
+    steps miss by more than 1 %."""
     per_step = 3 * flops_per_token * args.batch_tokens  # the backward pass costs twice the forward pass
     steps, smallest = round(spec.budget / per_step), round(min(args.budgets) / per_step)
     if steps < 20 or abs(steps * per_step / spec.budget - 1) > 0.01:
-        remedy = "raise --budgets or lower --batch-tokens"
-        fail(f"a budget of {spec.budget:.1e} FLOPs is {spec.budget / per_step:.1f} steps of {spec.arm}: {remedy}")
+        what = f"a budget of {spec.budget:g} FLOPs is {spec.budget / per_step:.1f} steps of {spec.arm} {spec.width}"
+        fail(f"{what}: raise --budgets or lower --batch-tokens")
     every = (steps - steps // 5) // 4  # four checkpoints on the plateau, the last of them at its end
     return dict(steps=steps, warmup=max(1, round(0.05 * smallest)), cooldown=steps - 4 * every, save_every=every)
 
 
-def train_flags(args, spec: Spec) -> tuple[list[str], dict, dict]:
-    """Returns (the command line of train.py, what the model costs, its schedule)."""
+def describe_run(args, spec: Spec) -> tuple[list[str], dict]:
+    """Returns (the flags of train.py, what will be in the row besides results)."""
     config = model_config(args, spec)
-    costs = count(config, args.block_size)
-    times = schedule(args, spec, costs["flops_per_token"])
-    given = "n_layer d_model d_ff n_head n_kv_head n_recursion sharing router kv aux_coef capacity capacity_slack"
+    costs = count_costs(config)
+    times = make_schedule(args, spec, costs["flops_per_token"])
     default = MoRConfig.preset("nano")
-    fields = {f: getattr(config, f) for f in given.split()}
-    always = given.split()[:8]
-    fields = {f: value for f, value in fields.items() if f in always or value != getattr(default, f)}
-    if args.block_size != default.block_size:
-        fields["block_size"] = args.block_size
-    fields |= dict(data=args.data, out=f"{args.out}/{spec.key}", lr=spec.lr, seed=spec.seed) | times
-    fields |= dict(batch_tokens=args.batch_tokens, eval_tokens=args.eval_tokens, eval_every=times["steps"], keep=3)
-    fields |= dict(dtype="bf16")
-    if spec.optimizer != "adamw":
-        fields["optimizer"] = spec.optimizer
+    always = "n_layer d_model d_ff n_head n_kv_head n_recursion router".split()
+    others = "sharing kv aux_coef capacity capacity_slack block_size".split()
+    fields = {name: getattr(config, name) for name in always + others}
+    fields = {name: value for name, value in fields.items() if name in always or value != getattr(default, name)}
+
+    # the three newest checkpoints at the end: the plateau's end, maybe one in the cool-down, the last
+    fields |= dict(optimizer=spec.optimizer, lr=spec.lr, seed=spec.seed, dtype="bf16", batch_tokens=args.batch_tokens)
+    fields |= times | dict(eval_every=times["steps"], eval_tokens=args.eval_tokens, keep=3)
+    fields |= dict(data=args.data, out=f"{args.out}/{spec.key}")
     line = []
     for name, value in fields.items():
-        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        line += [flag(name), str(value)]
-    if args.device == "cpu" and not args.compile:
-        line.append("--no-compile")
-    return line, costs, times
+        line += [flag(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    tokens = times["steps"] * args.batch_tokens
+    facts = dict(key=spec.key) | vars(spec) | costs | times | dict(tokens=tokens)
+    facts |= dict(flops=3 * tokens * costs["flops_per_token"])
+    facts |= dict(flops_paper=3 * tokens * costs["flops_per_token_paper"])
+    return line + shlex.split(args.extra), facts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,14 +215,10 @@ def append_row(path: Path, row: dict) -> None:
         fcntl.flock(f, fcntl.LOCK_EX)
         size = f.seek(0, os.SEEK_END)
         f.seek(max(0, size - 1))
-        torn = size and f.read(1) != b"\n"
-        f.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+        torn = size > 0 and f.read(1) != b"\n"
+        f.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
-
-
-def spec_of(row: dict) -> Spec:
-    return Spec(*(row[k] for k in ("arm", "width", "budget", "lr", "optimizer", "seed")))
 
 
 def loss_of(row: dict) -> float:
@@ -227,151 +226,148 @@ def loss_of(row: dict) -> float:
     return math.inf if row["loss"] is None else row["loss"]
 
 
-def tune(args, rows: list[dict], arm: str, optimizer: str) -> tuple[float | None, list[float]]:
-    """Returns (the best learning rate of an arm, None while it is not known; the rates that must be tried for it)."""
-    first = [r for r in rows if (r["arm"], r["optimizer"], r["seed"]) == (arm, optimizer, 0)]
-    tried = {r["lr"]: loss_of(r) for r in first if (r["width"], r["budget"]) == (args.main, min(args.budgets))}
+def sweep(args, rows: list[dict], arm: str, optimizer: str) -> tuple[dict[float, float], list[float]]:
+    """Returns (loss by learning rate at the smallest budget, the rates that the sweep has to try)."""
+    wanted_row = (arm, optimizer, args.main, min(args.budgets), 0)
+    names = "arm optimizer width budget seed".split()
+    tried = {row["lr"]: loss_of(row) for row in rows if tuple(row[name] for name in names) == wanted_row}
     wanted = sorted(args.rates)
-    while all(lr in tried for lr in wanted):
+    while set(wanted) <= tried.keys() and len(wanted) < len(args.rates) + 3:
         best = min(wanted, key=tried.get)
-        inside = wanted[0] < best < wanted[-1]
-        if inside or len(wanted) >= len(args.rates) + 3:
-            return best, wanted
+        if wanted[0] < best < wanted[-1]:
+            break
         wanted = [best / 2, *wanted] if best == wanted[0] else [*wanted, best * 2]
-    return None, wanted
+    return tried, wanted
+
+
+def best_rate(args, rows: list[dict], arm: str, optimizer: str, provisional: bool = False) -> float | None:
+    """Returns the learning rate that an arm's runs take; None while its sweep is not done, unless the best of what was
+    tried so far will do."""
+    tried, wanted = sweep(args, rows, arms(args.layers)[arm][0], optimizer)
+    if tried and (provisional or set(wanted) <= tried.keys()):
+        return min(tried, key=tried.get)
+    return None
 
 
 def plan(args, rows: list[dict]) -> list[Spec]:
-    """Returns every run in the order of its worth. Before a sweep is done, the runs that wait for it have no rate."""
+    """Returns every run in the order of its worth. Runs that wait for a sweep have no learning rate yet."""
     widths = dict(main=[args.main], others=[w for w in args.sizes if w != args.main])
-    smallest, specs = min(args.budgets), []
-
-    def sweep(optimizer: str) -> None:
-        rates = {arm: tune(args, rows, arm, optimizer)[1] for arm in SWEPT[optimizer]}
-        for lr in sorted(set(sum(rates.values(), [])), key=lambda lr: abs(math.log(lr / args.rates[1]))):
-            specs.extend(Spec(arm, args.main, smallest, lr, optimizer) for arm in rates if lr in rates[arm])
-
-    sweep("adamw")
+    budgets, specs, swept = sorted(args.budgets), [], set()
     for optimizer, names, which, budget, seeds in STAGES:
-        if budget >= len(args.budgets):
-            continue
-        if optimizer not in {spec.optimizer for spec in specs}:
-            sweep(optimizer)
-        for seed in seeds:
+        if optimizer not in swept:
+            swept.add(optimizer)
+            rates = {arm: sweep(args, rows, arm, optimizer)[1] for arm in SWEPT[optimizer]}
+            middle = sorted(args.rates)[len(args.rates) // 2]
+            for lr in sorted(
+                {lr for wanted in rates.values() for lr in wanted}, key=lambda lr: abs(math.log(lr / middle))
+            ):
+                specs += [Spec(arm, args.main, budgets[0], lr, optimizer) for arm in rates if lr in rates[arm]]
+        known = [arm for arm in names if arms(args.layers)[arm][1].get("router", "none") in MODEL_CHOICES["router"]]
+        for seed in seeds if budget < len(budgets) else ():
             for width in widths[which]:
-                for arm in names:
-                    if arms(args.layers)[arm][1].get("router", "none") not in MODEL_CHOICES["router"]:
-                        continue
-                    lr = tune(args, rows, arms(args.layers)[arm][0], optimizer)[0]
-                    specs.append(Spec(arm, width, sorted(args.budgets)[budget], lr, optimizer, seed))
+                for arm in known:
+                    lr = best_rate(args, rows, arm, optimizer)
+                    specs.append(Spec(arm, width, budgets[budget], lr, optimizer, seed))
     return list(dict.fromkeys(specs))
+
+
+def open_specs(args, rows: list[dict]) -> tuple[list[Spec], list[Spec]]:
+    """Returns the runs of the plan that (are done, are not)."""
+    keys = {row["key"] for row in rows}
+    specs = plan(args, rows)
+    done = [spec for spec in specs if spec.lr is not None and spec.key in keys]
+    return done, [spec for spec in specs if spec not in done]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # running
 
 
-def machine() -> str:
+def name_machine() -> str:
     """Returns the name of the device that trains."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$|^model\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
-    flat = [name or f"model {number}" for name, number in names[:2]]
-    return f"{' '.join(flat[::-1]) or platform.processor()}, {os.cpu_count()} cores"
+    facts = dict(re.findall(r"^(model name|model)\s*: (.*)$", info.read_text(), re.M)) if info.exists() else {}
+    name = f"{facts['model name']} model {facts['model']}" if len(facts) == 2 else platform.processor()
+    return f"{name}, {os.cpu_count()} cores"
 
 
-def commit() -> str:
-    """Returns the commit of the code, with a + if a program differs from it."""
+def name_commit() -> str:
+    """Returns the commit of the programs, with a + if one of them differs from it."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "diff", "HEAD", "--name-only", "--", "*.py"], capture_output=True, text=True).stdout
-    return head + "+" * bool(changed.strip())
-
-
-def cpu_seconds() -> tuple[float, float]:
-    """Returns the CPU seconds that (the whole machine, this program's finished children) have used; 0 if unknown."""
-    stat, own = Path("/proc/stat"), os.times()
-    ticks = stat.read_text().split()[1:9] if stat.exists() else []
-    busy = sum(int(t) for i, t in enumerate(ticks) if i not in (3, 4)) / os.sysconf("SC_CLK_TCK")
-    return busy, own.children_user + own.children_system
+    return head + ("+" if changed.strip() else "")
 
 
 def claim(args, spec: Spec):
     """Returns the open lock file of a run, None while another process works on it. The training process inherits the
     lock: one that outlives a killed queue keeps it until it ends."""
-    directory = Path(args.out)
-    directory.mkdir(parents=True, exist_ok=True)
-    f = open(directory / f"{spec.key}.lock", "w")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    f = open(Path(args.out, f"{spec.key}.lock"), "w")
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         f.close()
         return None
-    os.set_inheritable(f.fileno(), True)
     return f
 
 
-def plateau_of_smaller(args, spec: Spec) -> Path | None:
+def find_plateau(args, spec: Spec) -> Path | None:
     """Returns the checkpoint at the end of the plateau of the largest smaller budget that was trained here."""
     for budget in sorted((b for b in args.budgets if b < spec.budget), reverse=True):
-        smaller = replace(spec, budget=budget)
-        times = train_flags(args, smaller)[2]
-        path = Path(args.out, smaller.key, f"ckpt_{times['steps'] - times['cooldown']:06d}.pt")
+        facts = describe_run(args, replace(spec, budget=budget))[1]
+        path = Path(args.out, facts["key"], f"ckpt_{facts['steps'] - facts['cooldown']:06d}.pt")
         if path.exists():
             return path
     return None
 
 
-def train_one(args, spec: Spec, lock) -> dict | None:
-    """Trains one run, or what is left of it -> its row; None if it was stopped."""
-    line, costs, times = train_flags(args, spec)
-    out = Path(args.out, spec.key)
-    shared = plateau_of_smaller(args, spec)
+def train_one(args, spec: Spec, lock) -> dict:
+    """Trains one run, or what is left of it -> its row. Raises RuntimeError where train.py fails."""
+    line, row = describe_run(args, spec)
+    out, shared = Path(args.out, spec.key), find_plateau(args, spec)
     more = ["--resume", str(shared)] if shared and not checkpoints(out) else []
-    before, start = cpu_seconds(), time.perf_counter()
-    with open(Path(args.out, f"{spec.key}.log"), "ab") as log:
+    log_file, start = Path(args.out, f"{spec.key}.log"), time.perf_counter()
+    with open(log_file, "ab") as log:
         command = [sys.executable, str(ROOT / "train.py"), *line, *more]
-        child = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()])
-        status = wait_for(child)
+        status = wait_for(subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()]))
     wall = time.perf_counter() - start
-    after = cpu_seconds()
-    others = (after[0] - before[0]) - (after[1] - before[1])
-    text = Path(log.name).read_text(errors="replace")
-    diverged = status != 0 and "updates in a row were not finite" in text[-3000:]
-    if status and not diverged:
-        raise RuntimeError(f"{spec.key}: train.py ended with status {status}: {text.strip().splitlines()[-1:]}")
+    text = log_file.read_text(errors="replace")
     metrics = read_metrics(out)
     last = next((r for r in metrics[::-1] if "val_loss" in r), {})
-    if not diverged and last.get("step") != times["steps"]:
-        return None
-    tokens = times["steps"] * args.batch_tokens
-    speed = [r["tokens_per_second"] for r in metrics if "tokens_per_second" in r]
-    row = dict(key=spec.key) | vars(spec) | dict(commit=commit())
-    row |= dict(command=shlex.join(["python", "train.py", *line]), continued_from=str(shared) if more else None)
-    row |= dict(steps=times["steps"], tokens=tokens, flops=3 * costs["flops_per_token"] * tokens)
-    row |= dict(flops_paper=3 * costs["flops_per_token_paper"] * tokens) | costs
-    row |= dict(seconds=round(tokens / float(np.median(speed)), 1), wall=round(wall, 1))
-    row |= dict(alone=others < 0.05 * wall and before[0] > 0, loss=last.get("val_loss"), topk=last.get("val_topk"))
+    diverged = status != 0 and "updates in a row were not finite" in text[-3000:]
+    if not diverged and (status != 0 or last.get("step") != row["steps"]):
+        raise RuntimeError(f"train.py ended with status {status}: {' '.join(text.splitlines()[-1:])}")
+
+    # speed: pauses and other programs slow a run down, so its best 20 steps say most about the machine
+    speeds = [r["tokens_per_second"] for r in metrics if "tokens_per_second" in r]
+    row |= dict(loss=last.get("val_loss"), topk=last.get("val_topk"), eval_tokens=args.eval_tokens)
     health = "val_loss_bpb selected selected_topk depth agreement dead maxvio entropy".split()
-    row |= {k: last[k] for k in health if k in last}
-    row |= dict(weights=None if diverged else digest(checkpoints(out)[-1]), eval_tokens=args.eval_tokens)
-    row |= dict(machine=machine(), threads=torch.get_num_threads(), torch=torch.__version__)
-    row |= dict(date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()), data=args.meta)
-    return row
+    row |= {name: last[name] for name in health if name in last}
+    row |= dict(
+        seconds=round(row["tokens"] / float(np.median(speeds)), 1), fastest=round(max(speeds)), wall=round(wall)
+    )
+    if not diverged:
+        row |= examine(args, checkpoints(out)[-1])
+    row |= dict(commit=name_commit(), command=shlex.join(["python", "train.py", *line]))
+    row |= dict(continued_from=shared.parent.name if more else None, machine=name_machine())
+    row |= dict(threads=torch.get_num_threads(), torch=torch.__version__, data=args.meta)
+    return row | dict(date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
 
 
 def wait_for(child: subprocess.Popen) -> int:
-    """Waits for a training process. Ctrl-C and SIGTERM go on to it: it saves, ends, and so does the queue."""
+    """Returns the exit status of a training process. Ctrl-C and SIGTERM go on to it: it saves, and the queue ends."""
     asked = []
 
     def stop(number, _frame) -> None:
         asked.append(number)
         child.send_signal(signal.SIGTERM)
 
-    before = [signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     status = child.wait()
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+    for number, handler in before.items():
         signal.signal(number, handler)
     if asked:
         print("stopped; the same command goes on from here", flush=True)
@@ -379,66 +375,144 @@ def wait_for(child: subprocess.Popen) -> int:
     return status
 
 
-def digest(path: Path) -> str:
-    """Returns the first 16 hexadecimal digits of the SHA-256 of the weights in a checkpoint."""
-    weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    total = hashlib.sha256()
-    for name in sorted(weights):
-        total.update(weights[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
+def examine(args, checkpoint: Path) -> dict:
+    """Returns what a row says of the trained weights: their digest, and loss and forward FLOPs per token, head
+    included, when tokens may run less: bounded depth, other thresholds, exit by confidence."""
+    model, _, state = load_run(checkpoint)
+    digest = hashlib.sha256()
+    for name in sorted(state["model"]):
+        digest.update(state["model"][name].contiguous().view(torch.uint8).numpy().tobytes())
+    c, found = model.config, dict(weights=digest.hexdigest()[:16])
+    if c.n_recursion == 1 or "sequence" in c.sharing:
+        return found
+    rows = Shards(args.data, "val").blocks(c.block_size, args.eval_tokens // 4)
+    knobs = [dict(max_depth=d) for d in range(1, c.n_recursion + 1)]
+    if c.router == "expert":
+        knobs += [dict(threshold=t) for t in THRESHOLDS if t != 0.5]
+    head, found["scaling"] = 2 * c.d_model * c.vocab_size, []
+    for knob in knobs:
+        m = measure(model, rows, "causal", **knob)
+        cost = dict(nll=m.nll.mean(dtype=float), flops_per_token=flops(model, m.depth) + head)
+        found["scaling"].append(knob | cost | dict(depth=m.depth.mean()))
+    if c.router == "none":
+        found["confidence"] = exit_by_confidence(model, rows)
+    return rounded(found)
+
+
+@torch.no_grad()
+def exit_by_confidence(model: MoR, rows: np.ndarray, limits: tuple = (1, 2, 3, 4, 5, 6)) -> list[dict]:
+    """Returns loss and FLOPs when a token of a recursive model stops as soon as the entropy of its next-token
+    distribution, in nats, is below a limit. Kind to the method: the tokens that go on see all keys of their depth, those
+    of the tokens that stopped too. Each look costs the last layer and the head."""
+    c, entropies, losses = model.config, [], []
+    for depth in range(1, c.n_recursion + 1):
+        entropy, loss = [], []
+        for block in torch.from_numpy(rows).split(8):
+            logp = model(block[:, :-1], routing="causal", max_depth=depth).logits.log_softmax(-1)
+            entropy.append(-(logp.exp() * logp).sum(-1))
+            loss.append(-logp.gather(-1, block[:, 1:, None])[..., 0])
+        entropies.append(torch.cat(entropy).numpy())
+        losses.append(torch.cat(loss).numpy())
+
+    T, found = c.block_size, []
+    none, one = (model.flops_per_token(T, fractions=[x] + [0.0] * (c.n_recursion - 1)) for x in (0.0, 1.0))
+    look = (one - none) / c.n_block * (1 if c.n_unshared else 0) + 2 * c.d_model * c.vocab_size
+    for limit in limits:
+        sure = np.stack([*(e < limit for e in entropies[:-1]), np.ones_like(entropies[0], bool)])
+        at = sure.argmax(0)  # [E, T] the first depth, from 0, that is sure
+        nll = np.take_along_axis(np.stack(losses), at[None], 0).mean(dtype=float)
+        cost = model.flops_per_token(T, head=True, fractions=fractions(at + 1, c.n_recursion)) + at.mean() * look
+        found.append(dict(limit=limit, nll=nll, flops_per_token=cost, depth=at.mean() + 1))
+    return found
 
 
 def run(args) -> None:
-    """Works through the plan until nothing is left that this process may take."""
-    failed = set()
+    """Works through the plan until nothing is left that this process can take."""
+    failed = {}
     while True:
-        rows = read_rows(args.rows)
-        done, lock = {row["key"] for row in rows}, None
-        left = [s for s in plan(args, rows) if s.key not in done | failed and s.lr is not None]
-        for spec in left:
-            lock = claim(args, spec)
-            if lock:
-                break
-        if lock is None:
+        left = [s for s in open_specs(args, read_rows(args.rows))[1] if s.lr is not None and s.key not in failed]
+        claims = ((spec, claim(args, spec)) for spec in left)
+        spec, lock = next((pair for pair in claims if pair[1]), (None, None))
+        if spec is None:
             break
         with lock:
             if spec.key in {row["key"] for row in read_rows(args.rows)}:
-                continue  # another process has finished it in the meantime
-            print(f"{time.strftime('%H:%M:%S')} {spec.key} ({len(left)} left)", flush=True)
+                continue  # another process finished it in the meantime
+            print(f"{time.strftime('%H:%M:%S')} {spec.key} ({len(left)} runs can start)", flush=True)
             try:
                 row = train_one(args, spec, lock)
             except RuntimeError as e:
-                print(f"failed: {e}", file=sys.stderr, flush=True)
-                row = None
-                failed.add(spec.key)
-            if row is None:
-                failed.add(spec.key)
+                failed[spec.key] = str(e)
                 continue
             append_row(args.rows, row)
-            print(f"{time.strftime('%H:%M:%S')} {spec.key} loss {row['loss']} in {row['wall']:.0f} s", flush=True)
-            plateau = row["steps"] - int(
-                shlex.split(row["command"])[shlex.split(row["command"]).index("--cooldown") + 1]
-            )
-            for path in checkpoints(Path(args.out, spec.key)):
-                if step_of(path) != plateau:
-                    path.unlink()
+        print(f"{time.strftime('%H:%M:%S')} {spec.key} loss {row['loss']}, {row['wall']} s", flush=True)
+        for path in checkpoints(Path(args.out, spec.key)):
+            if step_of(path) not in (row["steps"], row["steps"] - row["cooldown"]):
+                path.unlink()
     if failed:
-        fail(f"{len(failed)} runs failed, see their logs in {args.out}: {', '.join(sorted(failed))}")
+        fail("; ".join(f"{key}: {reason}" for key, reason in failed.items()))
+
+
+def rerun(args) -> None:
+    """Trains one row again, from nothing, with the programs of its commit, and compares losses and weights."""
+    row = next((row for row in read_rows(args.rows) if row["key"] == args.key), None)
+    if row is None:
+        fail(f"{args.rows} has no row {args.key}: study.py status lists them")
+    with tempfile.TemporaryDirectory() as scratch:
+        code, out = Path(scratch, "code"), Path(scratch, "run")
+        git = ["git", "-C", str(ROOT), "worktree"]
+        if subprocess.run([*git, "add", "--quiet", "--detach", str(code), row["commit"].rstrip("+")]).returncode:
+            fail(f"commit {row['commit']} of {args.key} cannot be checked out")
+        line = shlex.split(row["command"])[2:]
+        status = subprocess.run([sys.executable, str(code / "train.py"), *line, "--out", str(out)]).returncode
+        subprocess.run([*git, "remove", "--force", str(code)])
+        if status:
+            fail(f"train.py ended with status {status}")
+        last = read_metrics(out)[-1]
+        now = dict(
+            loss=last.get("val_loss"), topk=last.get("val_topk"), weights=examine(args, checkpoints(out)[-1])["weights"]
+        )
+    then = {name: row[name] for name in now}
+    print(f"row {then}\nnow {now}\n{'equal to the bit' if now == then else 'DIFFERENT'}")
+    sys.exit(0 if now == then else 1)
+
+
+def report(args) -> None:
+    fail("not yet")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# command line
 
 
 def show_plan(args) -> None:
+    """Prints every run in order: whether it is done, steps, tokens, parameters."""
     rows = read_rows(args.rows)
-    done = {row["key"] for row in rows}
+    done = open_specs(args, rows)[0]
     for spec in plan(args, rows):
-        _, costs, times = train_flags(args, spec)
-        mark = "done" if spec.key in done else "    "
-        tokens = times["steps"] * args.batch_tokens / 1e6
-        print(
-            f"{mark} {spec.key:60} {times['steps']:6} steps {tokens:7.2f}M tokens {costs['params'] / 1e6:6.2f}M parameters"
-        )
+        row = describe_run(args, replace(spec, lr=spec.lr or 0.0))[1]
+        name = f"{spec.arm}, width {spec.width}, {spec.budget:g} FLOPs, {spec.optimizer} {spec.lr or 'best'}"
+        name += f", seed {spec.seed}"
+        cost = f"{row['steps']:6} steps {row['tokens'] / 1e6:6.2f}M tokens {row['params'] / 1e6:.2f}M + embedding"
+        print(f"{'done' if spec in done else '    '} {name:78} {cost}")
 
 
-def numbers(kind):
+def show_status(args) -> None:
+    """Prints the rows, and how long what is left takes at the speed of the rows."""
+    rows = read_rows(args.rows)
+    done, left = open_specs(args, rows)
+    for row in rows:
+        print(f"{row['key']:64} loss {row['loss']}  {row['wall']} s  {row['date']}")
+    flops_left = sum(spec.budget for spec in left)
+    print(f"{len(done)} of {len(done) + len(left)} runs are done; left: {flops_left:.3g} FLOPs", end="")
+    if rows:
+        rate = sum(row["flops"] for row in rows) / sum(max(row["wall"], 1) for row in rows)
+        print(f", {flops_left / rate / 3600:.1f} hours for one queue")
+    else:
+        print()
+
+
+def numbers(kind: type) -> Callable[[str], list]:
     return lambda text: [kind(float(x)) for x in text.split(",")]
 
 
@@ -446,37 +520,35 @@ def read_flags(argv: list[str] | None):
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("what", choices=("plan", "run", "status", "report", "rerun"))
-    add("key", nargs="?", help="the row that rerun trains again")
-    add(
-        "--rows", type=Path, default=ROOT / "study" / "rows.jsonl", help="the finished runs (default: study/rows.jsonl)"
-    )
+    add("key", nargs="?", help="of the row that rerun trains again")
+    add("--rows", type=Path, default=ROOT / "study" / "rows.jsonl", help="finished runs (default: study/rows.jsonl)")
     add("--out", default="out/study", help="where runs are trained (default: out/study)")
     add("--data", default="data/debian", help="what prepare.py made (default: data/debian)")
-    add("--sizes", type=numbers(int), default=[96, 128, 192], help="widths (default: 96,128,192)")
-    add("--main", type=int, default=128, help="the width of everything but the comparison of widths (default: 128)")
+    add("--sizes", type=numbers(int), default=[64, 96, 128], help="widths (default: 64,96,128)")
+    add("--main", type=int, default=96, help="width of all but the comparison of widths (default: 96)")
     add("--layers", type=int, default=8, help="unrolled layers: 8, 14, 20, 26 or 32 (default: 8)")
-    add("--budgets", type=numbers(float), default=[2e13, 6e13, 2e14], help="training FLOPs (default: 2e13,6e13,2e14)")
-    add(
-        "--rates",
-        type=numbers(float),
-        default=[1.5e-3, 3e-3, 6e-3],
-        help="first learning rates (default: 1.5e-3,3e-3,6e-3)",
-    )
+    add("--budgets", type=numbers(float), default=[2e13, 6e13, 2e14], help="FLOPs (default: 2e13,6e13,2e14)")
+    add("--rates", type=numbers(float), default=[1.5e-3, 3e-3, 6e-3], help="of the sweep (default: 1.5e-3,3e-3,6e-3)")
     add("--block-size", type=int, default=256, help="context (default: 256)")
-    add("--batch-tokens", type=int, default=2048, help="tokens a step (default: 2048)")
+    add("--batch-tokens", type=int, default=1024, help="tokens a step (default: 1024)")
     add("--eval-tokens", type=int, default=131072, help="of held-out documents (default: 131072)")
-    add("--device", default="cpu" if not torch.cuda.is_available() else "cuda")
-    add("--compile", action="store_true", default=True)
+    add("--extra", default="", help="further flags for train.py, in one string")
     args = parser.parse_args(argv)
+    if args.layers % 6 != 2:
+        fail(f"--layers {args.layers}: two unshared layers and a multiple of 6 are needed: use 8, 14, 20, 26 or 32")
+    if args.main not in args.sizes:
+        fail(f"--main {args.main} is not among --sizes {','.join(map(str, args.sizes))}: add it")
+    if (args.what == "rerun") != (args.key is not None):
+        fail("rerun needs the key of a row, and nothing else takes one: study.py rerun KEY")
     meta = load_meta(args.data)
     args.vocab_size = meta["vocab_size"]
-    args.meta = {k: meta[k] for k in ("tokenizer", "train_tokens", "val_tokens")}
+    args.meta = {name: meta[name] for name in ("tokenizer", "train_tokens", "val_tokens")}
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
-    {"plan": show_plan, "run": run}[args.what](args)
+    {"plan": show_plan, "run": run, "status": show_status, "report": report, "rerun": rerun}[args.what](args)
 
 
 if __name__ == "__main__":
