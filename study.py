@@ -402,8 +402,8 @@ def examine(args, checkpoint: Path) -> dict:
 @torch.no_grad()
 def exit_by_confidence(model: MoR, rows: np.ndarray, limits: tuple = (1, 2, 3, 4, 5, 6)) -> list[dict]:
     """Returns loss and FLOPs when a token of a recursive model stops as soon as the entropy of its next-token
-    distribution, in nats, is below a limit. Kind to the method: the tokens that go on see all keys of their depth, those
-    of the tokens that stopped too. Each look costs the last layer and the head."""
+    distribution, in nats, is below a limit. Kind to the method: the tokens that go on see all keys of their depth, also
+    those of tokens that stopped. Each look costs the last layer and the head."""
     c, entropies, losses = model.config, [], []
     for depth in range(1, c.n_recursion + 1):
         entropy, loss = [], []
