@@ -95,18 +95,19 @@ SHARING = (
 )  # fmt: skip
 STAGES = (  # (optimizer, arms, widths, which budget, seeds), most wanted first; "main" is one width, "others" the rest
     ("adamw", HEAD, "main", 0, (1, 2)),
-    ("adamw", ("recursive-2", *CONTROLS), "main", 0, (0,)),
+    ("adamw", ("recursive-2", *CONTROLS, *SMALLER), "main", 0, (0,)),
     ("adamw", ("vanilla",), "others", 0, (0,)),
     ("adamw", HEAD, "main", 1, (0, 1, 2)),
-    ("adamw", ("vanilla", "MoR-3", "MoR-2"), "others", 1, (0,)),
     ("adamw", CONTROLS, "main", 0, (1, 2)),
+    ("adamw", ("vanilla", "MoR-3", "MoR-2"), "others", 1, (0,)),
     ("adamw", ("recursive-2", *CONTROLS, *SMALLER), "main", 1, (0,)),
     ("muon", SWEPT["muon"], "main", 1, (0, 1, 2)),
+    ("adamw", HEAD, "main", 2, (0, 1, 2)),
     ("adamw", CONTROLS, "main", 1, (1, 2)),
-    ("adamw", (*ROUTERS, *SHARING), "main", 0, (0,)),
     ("adamw", (*ROUTERS, *SHARING), "main", 1, (0,)),
-    ("adamw", HEAD, "main", 2, (0,)),
     ("adamw", ("vanilla", "MoR-2"), "others", 2, (0,)),
+    ("adamw", HEAD, "main", 3, (0,)),
+    ("muon", ("vanilla", "MoR-3"), "main", 2, (0,)),
 )
 PAIRS = (  # (arm, minus arm) whose losses are compared
     ("MoR-3", "vanilla"), ("MoR-2", "vanilla"), ("recursive-3", "vanilla"), ("recursive-2", "vanilla"),
@@ -258,9 +259,8 @@ def plan(args, rows: list[dict]) -> list[Spec]:
             swept.add(optimizer)
             rates = {arm: sweep(args, rows, arm, optimizer)[1] for arm in SWEPT[optimizer]}
             middle = sorted(args.rates)[len(args.rates) // 2]
-            for lr in sorted(
-                {lr for wanted in rates.values() for lr in wanted}, key=lambda lr: abs(math.log(lr / middle))
-            ):
+            every = {lr for wanted in rates.values() for lr in wanted}
+            for lr in sorted(every, key=lambda lr: (abs(math.log(lr / middle)), -lr)):
                 specs += [Spec(arm, args.main, budgets[0], lr, optimizer) for arm in rates if lr in rates[arm]]
         known = [arm for arm in names if arms(args.layers)[arm][1].get("router", "none") in MODEL_CHOICES["router"]]
         for seed in seeds if budget < len(budgets) else ():
@@ -469,16 +469,211 @@ def rerun(args) -> None:
         if status:
             fail(f"train.py ended with status {status}")
         last = read_metrics(out)[-1]
-        now = dict(
-            loss=last.get("val_loss"), topk=last.get("val_topk"), weights=examine(args, checkpoints(out)[-1])["weights"]
-        )
+        now = dict(loss=last.get("val_loss"), topk=last.get("val_topk"))
+        now["weights"] = examine(args, checkpoints(out)[-1])["weights"]
     then = {name: row[name] for name in now}
     print(f"row {then}\nnow {now}\n{'equal to the bit' if now == then else 'DIFFERENT'}")
     sys.exit(0 if now == then else 1)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# the report
+
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 97.5 %, by the number of seeds
+
+
+def group_rows(args, rows: list[dict]) -> dict[tuple, dict[int, dict]]:
+    """Returns the rows at their arm's learning rate: (optimizer, arm, width, budget) -> {seed: row}."""
+    groups = {}
+    for row in rows:
+        if row["lr"] == best_rate(args, rows, row["arm"], row["optimizer"], provisional=True):
+            names = "optimizer arm width budget".split()
+            groups.setdefault(tuple(row[name] for name in names), {})[row["seed"]] = row
+    return groups
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Returns (mean, half the 95 % interval); one value has no interval."""
+    n = len(values)
+    if n < 2:
+        return values[0], None
+    return float(np.mean(values)), T95.get(n, 2.3) * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def show_interval(values: list[float], sign: str = "") -> str:
+    mean, half = interval(values)
+    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def compare(groups: dict, optimizer: str, arm: str, minus: str, width: int, budget: float) -> list[float]:
+    """Returns the differences of causal loss, one for each seed that both have."""
+    a, b = (groups.get((optimizer, name, width, budget), {}) for name in (arm, minus))
+    return [loss_of(a[seed]) - loss_of(b[seed]) for seed in sorted(a.keys() & b.keys())]
+
+
+def envelope(groups: dict, optimizer: str, arm: str, budget: float) -> tuple[float, int] | None:
+    """Returns (the lowest loss over the widths of an arm, seed 0; the width), None where nothing was run."""
+    same = {key: seeds for key, seeds in groups.items() if key[0::3] == (optimizer, budget) and key[1] == arm}
+    return min(((loss_of(seeds[0]), key[2]) for key, seeds in same.items() if 0 in seeds), default=None)
+
+
+def markdown(head: str, lines: list[list]) -> list[str]:
+    names = head.split("|")
+    return ["| " + " | ".join(map(str, line)) + " |" for line in (names, ["---"] * len(names), *lines)] + [""]
+
+
+def tabulate(args, rows: list[dict]) -> list[str]:
+    """Returns the tables, as lines of Markdown."""
+    groups, page = group_rows(args, rows), []
+    done, left = open_specs(args, rows)
+    page += [f"{len(done)} of {len(done) + len(left)} runs of the plan are done. Loss: nats per token of held-out"]
+    page += [
+        "documents, causal routing. Intervals: 95 %, over seeds (Student's t); differences are paired by seed.",
+        "",
+    ]
+
+    page += ["**Learning rates**: loss at the smallest budget, seed 0.", ""]
+    sweeps = {(arm, opt): sweep(args, rows, arm, opt) for opt in SWEPT for arm in SWEPT[opt]}
+    sweeps = {key: (tried, wanted) for key, (tried, wanted) in sweeps.items() if tried}
+    rates = sorted({lr for tried, _ in sweeps.values() for lr in tried})
+    lines = []
+    for (arm, optimizer), (tried, wanted) in sweeps.items():
+        best = min(tried, key=tried.get)
+        cells = [f"**{tried[lr]:.3f}**" if lr == best else f"{tried[lr]:.3f}" if lr in tried else "" for lr in rates]
+        lines.append([arm, optimizer, *cells, "yes" if set(wanted) <= tried.keys() else "no"])
+    page += markdown("|".join(["arm", "optimizer", *(f"{lr:g}" for lr in rates), "sweep done"]), lines)
+
+    page += ["**All arms at equal compute**, at the learning rate above.", ""]
+    lines = []
+    for (optimizer, arm, width, budget), seeds in sorted(groups.items(), key=lambda item: (item[0][3], item[0][0])):
+        row, all_rows = next(iter(seeds.values())), list(seeds.values())
+        fastest = max(
+            r["fastest"] for r in rows if (r["arm"], r["width"], r["machine"]) == (arm, width, row["machine"])
+        )
+        topk = "" if row["topk"] is None else show_interval([r["topk"] for r in all_rows])
+        share = "/".join(f"{x:.2f}" for x in row.get("selected", []))
+        cost = [f"{row['params'] / 1e6:.2f}", f"{row['tokens'] / 1e6:.2f}", f"{row['flops_paper']:.3g}"]
+        cost.append(f"{row['tokens'] / fastest:.0f}")
+        loss = show_interval([loss_of(r) for r in all_rows])
+        lines.append([f"{budget:g}", arm, optimizer, width, f"{row['lr']:g}", *cost, len(seeds), loss, topk, share])
+    head = "FLOPs|arm|optimizer|width|rate|M parameters|M tokens|FLOPs by the paper's count|seconds|seeds|loss|top-k"
+    page += markdown(f"{head}|share of tokens per recursion", lines)
+
+    page += [f"**Differences** at width {args.main}; below 0: the first arm is better.", ""]
+    lines = []
+    for optimizer in SWEPT:
+        for arm, minus in PAIRS:
+            cells = [compare(groups, optimizer, arm, minus, args.main, budget) for budget in sorted(args.budgets)]
+            if any(cells):
+                shown = [f"{show_interval(c, '+')} ({len(c)})" if c else "" for c in cells]
+                lines.append([f"{arm} − {minus}", optimizer, *shown])
+    page += markdown("|".join(["difference (seeds)", "optimizer", *(f"{b:g}" for b in sorted(args.budgets))]), lines)
+
+    page += ["**Best of the widths**, seed 0: loss (width).", ""]
+    lines = []
+    for arm in HEAD:
+        best = [envelope(groups, "adamw", arm, budget) for budget in sorted(args.budgets)]
+        lines.append([arm, *("" if b is None else f"{b[0]:.3f} ({b[1]})" for b in best)])
+    return page + markdown("|".join(["arm", *(f"{b:g}" for b in sorted(args.budgets))]), lines)
+
+
+def draw_losses(args, rows: list[dict], axes) -> None:
+    """Loss against FLOPs, with the envelope over widths; against seconds; against parameters."""
+    groups = group_rows(args, rows)
+    for color, arm in enumerate(HEAD):
+        mine = {key: seeds for key, seeds in groups.items() if key[:2] == ("adamw", arm)}
+        points = []
+        for (_, _, width, budget), seeds in mine.items():
+            row = next(iter(seeds.values()))
+            fastest = max(r["fastest"] for r in rows if (r["arm"], r["width"]) == (arm, width))
+            loss = interval([loss_of(r) for r in seeds.values()])[0]
+            points.append((row["flops"], row["tokens"] / fastest, row["params"], loss, budget))
+        for x, axis in enumerate(axes):
+            axis.plot([p[x] for p in points], [p[3] for p in points], "o", color=f"C{color}", alpha=0.5, label=arm)
+            by_budget = [sorted(p for p in points if p[4] == budget) for budget in sorted({p[4] for p in points})]
+            lines = by_budget if x == 2 else [[min(same, key=lambda p: p[3]) for same in by_budget]]
+            for line in lines:  # one budget over widths, or the best width of each budget: the envelope
+                axis.plot([p[x] for p in line], [p[3] for p in line], "-", color=f"C{color}", alpha=0.7)
+    names = "training FLOPs", "seconds at the best speed seen", "parameters without embedding"
+    for axis, name in zip(axes, names, strict=True):
+        axis.set(xscale="log", xlabel=name, ylabel="loss, nats per token")
+    axes[0].legend(frameon=False, fontsize=8)
+
+
+def draw_differences(args, rows: list[dict], axis) -> None:
+    """Differences paired by seed, with their intervals."""
+    groups, labels = group_rows(args, rows), []
+    for optimizer in SWEPT:
+        for arm, minus in PAIRS:
+            for color, budget in enumerate(sorted(args.budgets)):
+                values = compare(groups, optimizer, arm, minus, args.main, budget)
+                if values:
+                    mean, half = interval(values)
+                    axis.errorbar(mean, len(labels), xerr=half, fmt="o", color=f"C{color}", capsize=3)
+                    labels.append(f"{arm} − {minus}, {optimizer}, {budget:g} ({len(values)})")
+    axis.axvline(0, color="gray", lw=1)
+    axis.set_yticks(range(len(labels)), labels, fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("difference of loss, nats per token (seeds); one seed has no interval")
+
+
+def draw_rates(args, rows: list[dict], axis) -> None:
+    """Loss against the learning rate, at the smallest budget."""
+    for optimizer, style in zip(SWEPT, ("o-", "s--"), strict=True):
+        for color, arm in enumerate(HEAD):
+            tried = sorted(sweep(args, rows, arm, optimizer)[0].items())
+            if tried:
+                axis.plot(*zip(*tried, strict=True), style, color=f"C{color}", label=f"{arm}, {optimizer}")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per token")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_depths(args, rows: list[dict], axis) -> None:
+    """Loss against FLOPs per token of single models that compute less: bounded depth, thresholds, confidence."""
+    groups = group_rows(args, rows)
+    for color, arm in enumerate(HEAD):
+        budgets = [key[3] for key in groups if key[:3] == ("adamw", arm, args.main)]
+        row = next(iter(groups["adamw", arm, args.main, max(budgets)].values())) if budgets else {}
+        kinds = dict(
+            depth=[x for x in row.get("scaling", []) if "max_depth" in x], confidence=row.get("confidence", [])
+        )
+        kinds["threshold"] = [x for x in row.get("scaling", []) if "threshold" in x]
+        for (kind, found), style in zip(kinds.items(), ("o-", "s:", "^--"), strict=True):
+            if found:
+                points = sorted((x["flops_per_token"] / 1e6, x["nll"]) for x in found)
+                axis.plot(*zip(*points, strict=True), style, color=f"C{color}", ms=4, label=f"{arm}, {kind}")
+    axis.set(xlabel="forward MFLOPs per token, head included", ylabel="loss, nats per token")
+    axis.legend(frameon=False, fontsize=8)
+
+
 def report(args) -> None:
-    fail("not yet")
+    """Writes the pictures to assets/, and the tables into the page, between its two markers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_rows(args.rows)
+    if not rows:
+        fail(f"{args.rows} has no rows: study.py run makes them")
+    assets = args.page.parent / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    page = tabulate(args, rows)
+    pictures = dict(loss=(draw_losses, 3), difference=(draw_differences, 1), rates=(draw_rates, 1))
+    pictures["depth"] = draw_depths, 1
+    for name, (draw, columns) in pictures.items():
+        figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns + 3 * (columns == 1), 4), layout="constrained")
+        draw(args, rows, axes)
+        figure.savefig(assets / f"study_{name}.png", dpi=120)
+        plt.close(figure)
+        page.append(f"![{draw.__doc__ or name}](assets/study_{name}.png)")
+    begin, end = "<!-- study.py report -->", "<!-- end of study.py report -->"
+    text = args.page.read_text() if args.page.exists() else f"{begin}\n{end}\n"
+    if begin not in text or end not in text:
+        fail(f"{args.page} has no lines {begin} and {end}: add them where the tables belong")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    args.page.write_text(before + "\n".join([begin, *page, end]) + after)
+    print(f"wrote {args.page} and {len(pictures)} pictures in {assets}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,11 +722,12 @@ def read_flags(argv: list[str] | None):
     add("--sizes", type=numbers(int), default=[64, 96, 128], help="widths (default: 64,96,128)")
     add("--main", type=int, default=96, help="width of all but the comparison of widths (default: 96)")
     add("--layers", type=int, default=8, help="unrolled layers: 8, 14, 20, 26 or 32 (default: 8)")
-    add("--budgets", type=numbers(float), default=[2e13, 6e13, 2e14], help="FLOPs (default: 2e13,6e13,2e14)")
+    add("--budgets", type=numbers(float), default=[1e13, 3e13, 1e14, 3e14], help="FLOPs (default: 1e13,3e13,1e14,3e14)")
     add("--rates", type=numbers(float), default=[1.5e-3, 3e-3, 6e-3], help="of the sweep (default: 1.5e-3,3e-3,6e-3)")
     add("--block-size", type=int, default=256, help="context (default: 256)")
     add("--batch-tokens", type=int, default=1024, help="tokens a step (default: 1024)")
     add("--eval-tokens", type=int, default=131072, help="of held-out documents (default: 131072)")
+    add("--page", type=Path, default=ROOT / "RESULTS.md", help="where report writes (default: RESULTS.md)")
     add("--extra", default="", help="further flags for train.py, in one string")
     args = parser.parse_args(argv)
     if args.layers % 6 != 2:
