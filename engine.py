@@ -9,17 +9,18 @@ Continuous depth-wise batching (paper Section 3.3): serving a Mixture-of-Recursi
 All recursions share one block of layers, so rows at different depths go through it together. A row whose token has had
 its recursions leaves the block batch, and a waiting row takes its place at once:
 
-    turn    last layer, head, sampling; then embedding, first layer, recursion 0 of the token drawn    `turn_width` rows
-    block   one of the later recursions for each row, whichever it is                                  `width` rows
+    turn    last layer, head, sampling; then embedding, first layer, recursion 0 of the new token    `turn_width` lanes
+    block   one of the later recursions for each row, whichever it is                                `width` lanes
 
 Every token runs recursion 0, so it needs no choice of rows, and a turn that ends with it saves a stage per token. Both
 are static graphs over row numbers; K/V stays where it is, in one static cache, and is read by index inside the
 attention kernel. A vanilla model has no later recursions: a turn is its whole step, which makes the same engine
 ordinary continuous (sequence-wise) batching.
 
-Here too, since generation of one batch (sample.py) shares them: `Graphs`, `prefill` and `draw`.
+A request is resident in a seat, which is a row of the cache; one more row is scratch for lanes without a request.
+Compiled functions, prefill and sampling are those of generate.py, the parts of a token's way those of `MoR.decode`.
 
-Shapes: S slots (resident requests; one more row is scratch for unused lanes), W lanes of a stage, B rows, V vocabulary.
+Shapes: W lanes of a stage, B rows, V vocabulary.
 """
 
 import copy
@@ -32,8 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from generate import Graphs, draw, prefill, setting_errors
-from model import KVCache, MoR, Pass, State
+from cache import KVCache
+from generate import Graphs, prefill, sample_token, setting_errors
+from model import OF_ONE_STAGE, MoR, State
 
 # ----------------------------------------------------------------------------------------------------------------------
 # serving
@@ -52,34 +54,45 @@ class Request:
     stop_token: int | None = None
     on_token: Callable[["Request", int], None] | None = None
     tokens: list[int] = field(default_factory=list)  # new tokens, without the stop token
-    depth: list[int] = field(default_factory=list)  # recursions of every token fed: all but the last one drawn
+    depth: list[int] = field(default_factory=list)  # recursions of every token fed: all but the last one sampled
     overflow: int = 0  # tokens that ended early for want of a cache slot
     status: str = "waiting"
     error: str | None = None
 
 
-class Run(NamedTuple):
+class Stage(NamedTuple):
     """One stage of the engine, as it ran."""
 
     stage: str  # turn, block or prefill
     seconds: float
-    rows: int
+    rows: int  # lanes that had a request
     recursions: list[int] | None = None  # block: rows in each recursion
 
 
 class Engine:
-    """slots: resident requests. width, turn_width: rows of a block and of a turn; where slots >= width + turn_width - 1
-    one of the two is always full (a vanilla model only turns: slots >= turn_width).
+    """Serves requests in `slots` seats, by turns of turn_width lanes and blocks of width lanes.
 
-    Memory is given out in slots, each with room for max_len tokens (slack * capacity_r of them in recursion r), so what
-    was admitted always finishes: a request waits for a slot, and one longer than max_len fails when it is submitted.
-    Raises ValueError as make_cache does."""
+    Where slots >= width + turn_width - 1 one of the two is always full (a vanilla model only turns: slots >=
+    turn_width). A seat has room for max_len tokens (slack * capacity_r of them in recursion r), so what was admitted
+    always finishes: a request waits for a seat, and one longer than max_len fails when it is submitted. Raises
+    ValueError as make_cache does."""
 
+    @torch.no_grad()
     def __init__(
-        self, model: MoR, slots: int, width: int, max_len: int, dtype: torch.dtype | None = None, *,
-        turn_width: int | None = None, slack: float | None = None, threshold: float = 0.5, max_depth: int | None = None,
-        compile: bool = True, freeze: bool = False,
-    ):  # fmt: skip
+        self,
+        model: MoR,
+        slots: int,
+        width: int,
+        max_len: int,
+        dtype: torch.dtype | None = None,
+        *,
+        turn_width: int | None = None,
+        slack: float | None = None,
+        threshold: float = 0.5,
+        max_depth: int | None = None,
+        compile: bool = True,
+        freeze: bool = False,
+    ):
         c = model.config
         if "sequence" in c.sharing:
             raise ValueError(f"sharing={c.sharing!r} has no block that recursions share: use a cycle sharing")
@@ -89,56 +102,75 @@ class Engine:
         self.model = model.eval() if dtype is None else model.eval().to(dtype)
         self.slots, self.width, self.turn_width = slots, width, turn_width
         self.cache = model.make_cache(slots + 1, max_len, slack, threshold, max_depth)
+        assert_windows_lie_inside(self.cache)
         device = model.wte.weight.device
         self.graphs = Graphs(compile, freeze, device)
-        rows = {"x": (1, c.d_model), "depth": (1,)}  # the State of each row between stages
-        if c.router == "expert":
-            rows |= {"gate": (1,)}
-        if c.router == "token":
-            rows |= {"gate": (1, c.n_recursion), "choice": (1,), "entry": (1, c.d_model)}
-        kind = {"depth": torch.long, "choice": torch.long}
-        self.state = {k: torch.zeros(slots + 1, *v, dtype=kind.get(k), device=device) for k, v in rows.items()}
-        kind = {"temperature": torch.float32, "top_p": torch.float32, "top_k": torch.long, "seed": torch.long}
-        self.knobs = {k: torch.zeros(slots + 1, dtype=t, device=device) for k, t in kind.items()}
+
+        # per row: what is kept of its State between stages, and how it samples
+        self.state = self.blank_state()
+        real = torch.zeros(slots + 1, device=device)
+        whole = torch.zeros(slots + 1, dtype=torch.long, device=device)
+        self.knobs = dict(temperature=real, top_p=real.clone(), top_k=whole, seed=whole.clone())
+
         self.waiting: deque[Request] = deque()
-        self.free = deque(range(slots))
+        self.free = deque(range(slots))  # seats
         self.owner: list[Request | None] = [None] * slots
-        self.given: dict[int, int] = {}  # slot -> token to enter with, instead of one drawn
-        self.leaving: deque[int] = deque()  # slots that wait for a turn
-        self.inside: deque[tuple[int, int]] = deque()  # (slot, recursion) that wait for the block
-        self.history: deque[Run] = deque(maxlen=10_000)  # the latest stages
+        self.given: dict[int, int] = {}  # seat -> token to enter with, instead of a sampled one
+        self.leaving: deque[int] = deque()  # seats that wait for a turn
+        self.inside: deque[tuple[int, int]] = deque()  # (seat, recursion) that wait for the block
+        self.history: deque[Stage] = deque(maxlen=10_000)  # the latest stages
 
     # ---- stages: static graphs over row numbers [W]
 
+    def blank_state(self) -> dict[str, Tensor]:
+        """Returns what each row keeps of its State between stages, zeros [slots + 1, 1, ...]: all that a token has
+        after its first decision, but for the fields of one stage alone."""
+        row = torch.tensor([self.slots], device=self.cache.position.device)  # the scratch row
+        p = self.model.decode_pass(torch.zeros_like(row), self.cache.rows(row))
+        s = self.model.decode_enter(torch.zeros_like(row), p)
+        s = self.model.route(0, s, p)
+        kept = {}
+        for name, value in s._asdict().items():
+            if name not in OF_ONE_STAGE and value is not None:
+                kept[name] = value.new_zeros(self.slots + 1, *value.shape[1:])
+        return kept
+
     def load(self, row: Tensor, active: Tensor) -> State:
-        return State(active=active, **{k: v[row] for k, v in self.state.items()})
+        fields = {name: rows[row] for name, rows in self.state.items()}
+        return State(active=active, **fields)
 
     def save(self, row: Tensor, s: State) -> None:
-        for k, v in self.state.items():
-            v[row] = getattr(s, k)
-
-    def pass_over(self, row: Tensor, live: Tensor) -> Pass:
-        cache = self.cache
-        return Pass(cache.position[row][:, None], live[:, None], cache=cache, row=row, decoding=True, **cache.knobs)
+        for name, rows in self.state.items():
+            rows[row] = getattr(s, name)
 
     def turn(self, row: Tensor, given: Tensor, filtered: bool | None) -> Tensor:
-        """Row numbers and given tokens (-1: draw one), int64 [W] -> int64 [4, W]: token, depth of the token that left,
-        overflow up to it, whether the new one runs recursion 1."""
-        cache, real = self.cache, row < self.slots
-        p = self.pass_over(row, real & (given < 0))
+        """Takes row numbers and given tokens (-1: sample one), int64 [W] -> int64 [4, W]: token, depth of the token
+        that left, overflow up to it, whether the new one runs recursion 1."""
+        model, cache, real = self.model, self.cache.rows(row), row < self.slots
+        leaves = real & (given < 0)
+        p = model.decode_pass(torch.where(leaves, 0, -1), cache)
         s = self.load(row, p.valid)
-        logits, left, overflow = self.model.decode_leave(s, p), s.depth[:, 0], cache.overflow[row]
-        knobs = {k: v[row] for k, v in self.knobs.items()}
-        token = torch.where(given < 0, draw(logits, knobs, cache.position[row], filtered), given)
-        p = self.pass_over(row, real & (cache.position[row] < cache.max_len))
-        s = self.model.recurse(0, self.model.decode_enter(token, p), p)
+        logits = model.decode_leave(s, p)
+        left, overflow = s.depth[:, 0], cache.overflow[row]
+        knobs = {name: rows[row] for name, rows in self.knobs.items()}
+        sampled = sample_token(logits, knobs, cache.position[row], filtered)
+        token = torch.where(given < 0, sampled, given)
+
+        p = model.decode_pass(torch.where(real, token, -1), cache)
+        s = model.decode_enter(token, p)
+        s = model.route(0, s, p)
+        s = model.recurse(0, s, p)
+        s = model.go_on(0, s, p)
         self.save(row, s)
-        return torch.stack((token, left, overflow, s.active[:, 0] & (p.max_depth > 1)))
+        return torch.stack((token, left, overflow, s.active[:, 0]))
 
     def block(self, row: Tensor, r: Tensor) -> Tensor:
-        """Recursion r > 0 of each row, int64 [W] -> bool [W]: rows that run the next one."""
-        p = self.pass_over(row, row < self.slots)
-        s = self.model.recurse(r, self.load(row, p.valid), p)
+        """Runs recursion r > 0 of each row, int64 [W] -> bool [W]: rows that run the next one."""
+        model, r = self.model, r[:, None]
+        p = model.decode_pass(torch.where(row < self.slots, 0, -1), self.cache.rows(row))
+        s = self.load(row, p.valid)
+        s = model.recurse(r, s, p)
+        s = model.go_on(r, s, p)
         self.save(row, s)
         return s.active[:, 0]
 
@@ -157,46 +189,53 @@ class Engine:
         if len(prompt) + max_new_tokens > room:
             errors.append(f"{len(prompt)} prompt tokens and {max_new_tokens} new ones never fit max_len={room}")
         if errors:
-            request.status, request.error = "failed", "; ".join(errors)
+            request.status = "failed"
+            request.error = "; ".join(errors)
         else:
             self.waiting.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request now; its slot is free for the next."""
+        """Ends a request now; its seat is free for the next."""
         if request.status == "waiting":
             self.waiting.remove(request)
         elif request.status == "running":
-            slot = next(i for i, owner in enumerate(self.owner) if owner is request)
-            self.leaving = deque(s for s in self.leaving if s != slot)
-            self.inside = deque((s, r) for s, r in self.inside if s != slot)
-            self.release(slot)
+            seat = next(i for i, owner in enumerate(self.owner) if owner is request)
+            self.leaving = deque(s for s in self.leaving if s != seat)
+            self.inside = deque((s, r) for s, r in self.inside if s != seat)
+            self.release(seat)
         else:
             return
         request.status = "cancelled"
 
-    def release(self, slot: int) -> None:
-        self.owner[slot] = None
-        self.given.pop(slot, None)
-        self.free.append(slot)
+    def release(self, seat: int) -> None:
+        """Frees a seat."""
+        self.owner[seat] = None
+        self.given.pop(seat, None)
+        self.free.append(seat)
 
     def admit(self) -> None:
-        """First come, first served: prefill a waiting request's prompt but its last token, which enters with a turn."""
+        """Seats waiting requests, first come, first served: prefills the prompt but its last token, which enters with a
+        turn."""
         while self.waiting and self.free:
-            request, slot = self.waiting.popleft(), self.free.popleft()
-            self.owner[slot], request.status = request, "running"
-            top_k = request.top_k or self.model.config.vocab_size
-            knobs = dict(temperature=request.temperature, top_p=request.top_p, top_k=top_k, seed=request.seed % 2**32)
-            for k, v in knobs.items():
-                self.knobs[k][slot] = v
-            *body, self.given[slot] = request.prompt
-            self.leaving.append(slot)
-            self.cache.position[slot], self.cache.fill[:, slot], self.cache.overflow[slot] = 0, 0, 0
+            request, seat = self.waiting.popleft(), self.free.popleft()
+            self.owner[seat], request.status = request, "running"
+            self.knobs["temperature"][seat] = request.temperature
+            self.knobs["top_p"][seat] = request.top_p
+            self.knobs["top_k"][seat] = request.top_k or self.model.config.vocab_size
+            self.knobs["seed"][seat] = request.seed % 2**32
+
+            *body, self.given[seat] = request.prompt
+            self.leaving.append(seat)
+            self.cache.position[seat] = 0
+            self.cache.fill[:, seat] = 0
+            self.cache.overflow[seat] = 0
             if body:
-                start, own = time.perf_counter(), row_view(self.cache, slot)
+                start = time.perf_counter()
+                own = one_row(self.cache, seat)
                 prefill(self.graphs, self.model, [body], own)
                 request.depth += own.depth[0, : len(body)].tolist()
-                self.history.append(Run("prefill", time.perf_counter() - start, 1))
+                self.history.append(Stage("prefill", time.perf_counter() - start, 1))
 
     # ---- the loop
 
@@ -208,7 +247,8 @@ class Engine:
         whichever is fuller. Every resident row waits for one of them, so with width + turn_width - 1 of them one is
         full; queues are first in, first out, so no row waits for long."""
         self.admit()
-        turn, block = len(self.leaving) / self.turn_width, len(self.inside) / self.width
+        turn = len(self.leaving) / self.turn_width
+        block = len(self.inside) / self.width
         if not turn and not block:
             return False
         if turn >= 1 or (block < 1 and turn >= block):
@@ -218,68 +258,97 @@ class Engine:
         return True
 
     def run(self) -> None:
-        """Until every request is done."""
+        """Runs until every request is done."""
         while self.step():
             pass
 
     def lanes(self, values: list[int], width: int, unused: int) -> Tensor:
+        """Returns one value per lane [width], `unused` for the lanes without one, on the device."""
         return torch.tensor(values + [unused] * (width - len(values)), device=self.cache.position.device)
 
     def run_turn(self) -> None:
+        """Runs a turn over the seats that have waited longest."""
         start = time.perf_counter()
-        slots = [self.leaving.popleft() for _ in range(min(self.turn_width, len(self.leaving)))]
-        given = [self.given.pop(slot, -1) for slot in slots]
-        asked = [self.owner[slot] for slot in slots]
-        drawn = [a for a in asked if a.temperature > 0]
-        filtered = any(a.top_k or a.top_p < 1 for a in drawn) if drawn else None
-        row, given_row = self.lanes(slots, self.turn_width, self.slots), self.lanes(given, self.turn_width, -1)
+        seats = [self.leaving.popleft() for _ in range(min(self.turn_width, len(self.leaving)))]
+        given = [self.given.pop(seat, -1) for seat in seats]
+        asked = [self.owner[seat] for seat in seats]
+        filtered = None  # the least of three graphs that serves all
+        for request in asked:
+            if request.temperature > 0:
+                filtered = bool(filtered or request.top_k or request.top_p < 1)
+        row = self.lanes(seats, self.turn_width, self.slots)
+        given_row = self.lanes(given, self.turn_width, -1)
         result = self.graphs.run(("turn", filtered), lambda a, b: self.turn(a, b, filtered), row, given_row)
         result = result.T.tolist()  # the host sync
-        self.history.append(Run("turn", time.perf_counter() - start, len(slots)))
-        for i, (slot, request) in enumerate(zip(slots, asked, strict=True)):
+        self.history.append(Stage("turn", time.perf_counter() - start, len(seats)))
+
+        for i, seat in enumerate(seats):
             token, depth, overflow, more = result[i]
+            request = asked[i]
             if given[i] < 0 and request.status == "running":
                 request.depth.append(depth)
                 request.overflow = overflow
-                self.take(slot, request, token)
+                self.take(seat, request, token)
             if request.status != "running":  # over, or cancelled by a callback
                 continue
             if more:
-                self.inside.append((slot, 1))
+                self.inside.append((seat, 1))
             else:
-                self.leaving.append(slot)
+                self.leaving.append(seat)
 
-    def take(self, slot: int, request: Request, token: int) -> None:
-        """Takes in a drawn token, which may be the request's last."""
+    def take(self, seat: int, request: Request, token: int) -> None:
+        """Takes in a sampled token, which may be the request's last."""
         stop = token == request.stop_token
         if not stop:
             request.tokens.append(token)
             if request.on_token is not None:
                 request.on_token(request, token)
-        if request.status == "running" and (stop or len(request.tokens) == request.max_new_tokens):
+        full = len(request.tokens) == request.max_new_tokens
+        if request.status == "running" and (stop or full):
             request.status = "done"
-            self.release(slot)
+            self.release(seat)
 
     def run_block(self) -> None:
+        """Runs one recursion of the rows that have waited longest."""
         start = time.perf_counter()
         batch = [self.inside.popleft() for _ in range(min(self.width, len(self.inside)))]
-        slots, recursions = zip(*batch, strict=True)
-        row, r = self.lanes(list(slots), self.width, self.slots), self.lanes(list(recursions), self.width, 1)
+        seats = [seat for seat, _ in batch]
+        recursions = [r for _, r in batch]
+        row = self.lanes(seats, self.width, self.slots)
+        r = self.lanes(recursions, self.width, 1)  # of the scratch row: any but 0, see assert_windows_lie_inside
         goes_on = self.graphs.run(("block",), self.block, row, r).tolist()  # the host sync
         counts = [recursions.count(i) for i in range(self.model.config.n_recursion)]
-        self.history.append(Run("block", time.perf_counter() - start, len(slots), counts))
-        for slot, recursion, more in zip(slots, recursions, goes_on, strict=False):
+        self.history.append(Stage("block", time.perf_counter() - start, len(seats), counts))
+
+        for (seat, recursion), more in zip(batch, goes_on, strict=False):
             if more:
-                self.inside.append((slot, recursion + 1))
+                self.inside.append((seat, recursion + 1))
             else:
-                self.leaving.append(slot)
+                self.leaving.append(seat)
 
 
-def row_view(cache: KVCache, row: int) -> KVCache:
-    """One row of a cache as a cache of its own, in the same memory."""
-    own, one = copy.copy(cache), slice(row, row + 1)
+def assert_windows_lie_inside(cache: KVCache) -> None:
+    """Checks on the host what no kernel checks: that the window of every row at every later recursion lies inside the
+    buffers. Those of late recursions end in the row behind; the scratch row, the last, is only at recursion 1."""
+    if len(cache.slots) < 2:
+        return
+    row_length = sum(cache.slots)
+    for r, start in enumerate(cache.start):
+        last_row = cache.batch - 1 if r == 1 else cache.batch - 2
+        end = last_row * row_length + start + cache.longest_window
+        assert r == 0 or end <= cache.batch * row_length, f"recursion {r}: a window ends at {end}"
+
+
+def one_row(cache: KVCache, row: int) -> KVCache:
+    """Returns one row of a cache as a cache of its own, in the same memory."""
+    own = copy.copy(cache)
+    one = slice(row, row + 1)
     own.batch = 1
-    own.k, own.v = [t[one] for t in cache.k], [t[one] for t in cache.v]
-    own.position, own.fill, own.overflow = cache.position[one], cache.fill[:, one], cache.overflow[one]
+    own.every_row = cache.every_row[:1]
+    own.k = [t[one] for t in cache.k]
+    own.v = [t[one] for t in cache.v]
+    own.position = cache.position[one]
+    own.fill = cache.fill[:, one]
+    own.overflow = cache.overflow[one]
     own.depth = cache.depth[one]
     return own

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import model as model_module
+import ops
 from model import MoR, MoRConfig
 
 EXPERT = dict(n_recursion=3, router="expert")
@@ -557,7 +557,7 @@ def test_flash_attention_decodes_what_torch_does(name, compiled, monkeypatch, co
     module = types.ModuleType("flash_attn")
     module.flash_attn_with_kvcache = stand_in(calls)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr("model.use_flash", lambda q: True)
+    monkeypatch.setattr("ops.use_flash", lambda q: True)
     decode = (
         torch.compile(model.decode, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else model.decode
     )
@@ -577,12 +577,12 @@ def test_flash_attention_is_for_half_precision_on_cuda_where_installed(monkeypat
             self.is_cuda, self.dtype = is_cuda, dtype
 
     found = {"flash_attn": object()}
-    monkeypatch.setattr("model.find_spec", found.get)
-    assert model_module.use_flash(Query(True, torch.bfloat16)) and model_module.use_flash(Query(True, torch.float16))
-    assert not model_module.use_flash(Query(True, torch.float32))
-    assert not model_module.use_flash(Query(False, torch.bfloat16))
+    monkeypatch.setattr("ops.find_spec", found.get)
+    assert ops.use_flash(Query(True, torch.bfloat16)) and ops.use_flash(Query(True, torch.float16))
+    assert not ops.use_flash(Query(True, torch.float32))
+    assert not ops.use_flash(Query(False, torch.bfloat16))
     found.clear()
-    assert not model_module.use_flash(Query(True, torch.bfloat16))
+    assert not ops.use_flash(Query(True, torch.bfloat16))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

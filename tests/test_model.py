@@ -12,7 +12,7 @@ from conftest import ROOT, load_golden, make_batch, make_model, relative, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_module
+import ops
 from checkpoint import reference_names
 from model import MoR, MoRConfig
 
@@ -273,7 +273,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def test_attention_on_cpu_is_sdpa(K, S, kind):
     """Output and gradients, over several blocks of queries; and all that torch demands of an operator."""
     results = []
-    for function in (model_module.attend, sdpa):
+    for function in (ops.attend, sdpa):
         tensors, mask = attention_case(K, S, kind)
         y = function(*tensors, mask)
         results.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
@@ -290,7 +290,7 @@ def test_attention_on_cpu_gives_numbers_to_a_query_that_sees_nothing():
     """Surplus slots may: what they compute is dropped by a product with 0, so it must be finite."""
     (q, k, v), mask = attention_case(130, 200, "some")
     mask[:, :, -1] = False
-    y = model_module.attend(q, k, v, mask)
+    y = ops.attend(q, k, v, mask)
     assert y.isfinite().all() and all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), (q, k, v)))
 
 

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, make_model, tiny
 
 from checkpoint import load_run, run_tokenizer, write_state
-from generate import Decoder, Graphs, bucket, draw, generate, uniform
+from generate import Decoder, Graphs, bucket, generate, sample_token, uniform
 from model import MoR
 from sample import main
 from show import Painter
@@ -69,7 +69,7 @@ def by_full_forward(model: MoR, prompt: list[int], n: int, seed: int, stop: int 
     forward = forward or {}
     while len(ids) < min(len(prompt) + n, model.config.block_size):
         logits = model(torch.tensor([ids]), **forward).logits[:, -1]
-        token = int(draw(logits, knobs(1, seed=seed, **settings), torch.tensor([len(ids)]), filtered=True))
+        token = int(sample_token(logits, knobs(1, seed=seed, **settings), torch.tensor([len(ids)]), filtered=True))
         if token == stop:
             break
         ids.append(token)
@@ -261,7 +261,7 @@ def test_draws_follow_the_filtered_distribution(top_k, top_p):
     p = p / p.sum()
     p = p * (p.cumsum(0) - p < top_p)
     p = torch.zeros(VOCAB).scatter(0, order, p / p.sum())
-    drawn = draw(logits.expand(n, -1), knobs(n, t, top_k, top_p), torch.full((n,), 7), filtered=True)
+    drawn = sample_token(logits.expand(n, -1), knobs(n, t, top_k, top_p), torch.full((n,), 7), filtered=True)
     count = torch.bincount(drawn, minlength=VOCAB)
     assert not count[p == 0].any()
     assert ((count - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1).all()
@@ -271,9 +271,9 @@ def test_each_row_has_its_own_settings():
     torch.manual_seed(0)
     logits = torch.randn(3, VOCAB)
     mixed = {k: torch.cat([knobs(1, *s)[k] for s in ((0.0,), (1.0, 1), (1.0,))]) for k in knobs(1)}
-    drawn = draw(logits, mixed, torch.tensor([1, 2, 3]), filtered=True)
+    drawn = sample_token(logits, mixed, torch.tensor([1, 2, 3]), filtered=True)
     assert drawn[:2].tolist() == logits[:2].argmax(-1).tolist()
-    assert drawn[2] == draw(logits[2:], knobs(1, 1.0), torch.tensor([3]), filtered=False)
+    assert drawn[2] == sample_token(logits[2:], knobs(1, 1.0), torch.tensor([3]), filtered=False)
 
 
 def test_buckets_waste_less_than_a_quarter():

@@ -1,0 +1,333 @@
+"""The fast kernels of model.py. Nothing here knows what a Mixture-of-Recursions is.
+
+Each function replaces the one line of PyTorch in its docstring, and a test compares the two.
+
+Shapes: B batch, T or S time, K tokens of a compaction, D width, H query heads, G key/value heads, E width of a head, C
+slots of a cache, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# matrix products
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype that matrix products with x run in: autocast's, where it is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x [..., D] times weight [n, D], as [..., n]: F.linear(x, weight)."""
+    one = x.numel() == x.size(-1)
+    if one and x.device.type == "cpu" and torch.compiler.is_compiling():
+        # One token: products and sums, which Inductor turns into plain loops over the weights, one kernel with all that
+        # happens between them: faster than a call per product, which waits for memory each time. (The sum is in fp32,
+        # not the operands: freezing would keep a cast of the weights, twice as large.)
+        products = x[..., None, :] * weight
+        return products.sum(-1, dtype=torch.float32).to(x.dtype)
+    return F.linear(x, weight)
+
+
+def linears(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """Returns the outputs of several layers on x [B, T, D], side by side: torch.cat([f(x) for f in layers], -1)."""
+    if x.size(1) == 1:  # one token waits for the weights to be read, which joining them first would do twice
+        outputs = [linear(x, layer.weight) for layer in layers]
+        return torch.cat(outputs, -1)
+    dtype = matmul_dtype(x)  # cast first: autocast would join them in fp32, and then cast
+    weights = [layer.weight.to(dtype) for layer in layers]
+    return F.linear(x, torch.cat(weights))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention among tokens
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns attention of q [B, K, H, E] over k, v [B, S, G, E], as [B, K, H, E].
+
+    mask is bool [B, 1, K, S]; None is causal, and then S = K. On transposed arguments it is
+    F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)."""
+    if q.device.type == "cpu":
+        return attend_on_cpu(q, k, v, mask)
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    gqa = q.size(1) != k.size(1)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+# On CPUs SDPA takes three times as long as these batched matrix products over a few queries at a time, whose scores
+# stay in the processor's caches. Custom operators, since inlined into the graph they would double its compile time.
+QUERIES_AT_A_TIME = 64
+
+
+def group_heads(x: Tensor, G: int) -> Tensor:
+    """Returns x [B, T, heads, E] as [B*G, heads/G * T, E], by shared key head: query t of head i is row i*T + t."""
+    B, T, heads, E = x.shape
+    x = x.view(B, T, G, heads // G, E)
+    return x.permute(0, 2, 3, 1, 4).reshape(B * G, -1, E)
+
+
+def ungroup_heads(x: Tensor, B: int, T: int) -> Tensor:
+    """Returns [B, T, heads, E] from what group_heads made."""
+    BG, rows, E = x.shape
+    x = x.view(B, BG // B, rows // T, T, E)
+    return x.permute(0, 3, 1, 2, 4).reshape(B, T, -1, E).contiguous()
+
+
+def weight_blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """Yields attention weights for a few queries at a time, with the keys that these may see.
+
+    q [B, K, H, E] is scaled, k [B*G, S, E] grouped. Yields which queries, the number of keys, these queries
+    [B*G, H/G * rows, E], and their weights [B*G, H/G * rows, keys]."""
+    B, K = q.shape[:2]
+    BG, S, _ = k.shape
+    end = torch.arange(1, S + 1, device=q.device)  # where the keys end that query i may see, in any row of the batch
+    if mask is not None:
+        seen = mask[:, 0].byte().amax(0)  # [K, S]
+        end = (seen * end).amax(-1).clamp(min=1)
+
+    for start in range(0, K, QUERIES_AT_A_TIME):
+        at = slice(start, min(start + QUERIES_AT_A_TIME, K))
+        n = at.stop - start
+        keys = int(end[at].max())
+        queries = group_heads(q[:, at], BG // B)
+        score = torch.bmm(queries, k[:, :keys].mT)
+        by_head = score.view(B, BG // B, -1, n, keys)  # the same memory
+
+        # not -inf: a surplus slot may see nothing, and 0 * nan is not 0
+        least = torch.finfo(q.dtype).min
+        if mask is None:
+            later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+            by_head[..., start:].masked_fill_(later, least)
+        else:
+            hidden = ~mask[:, :, None, at, :keys]
+            by_head.masked_fill_(hidden, least)
+        yield at, keys, queries, score.softmax(-1)
+
+
+@torch.library.custom_op("nanomor::attend_on_cpu", mutates_args=())
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns what attend does."""
+    B, _, _, E = q.shape
+    G = k.size(2)
+    k, v = group_heads(k, G), group_heads(v, G)
+    out = torch.empty_like(q)
+    for at, keys, _, weight in weight_blocks(q * E**-0.5, k, mask):
+        y = torch.bmm(weight, v[:, :keys])
+        out[:, at] = ungroup_heads(y, B, at.stop - at.start)
+    return out
+
+
+@torch.library.custom_op("nanomor::attend_on_cpu_backward", mutates_args=())
+def attend_on_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k and v.
+
+    The weights are computed again: keeping them would take K * S / 2 numbers a head and layer."""
+    B, S, G, E = k.shape
+    k, v = group_heads(k, G), group_heads(v, G)
+    exact = torch.promote_types(k.dtype, torch.float32)  # what sums over blocks
+    dq = torch.empty_like(q)
+    dk = torch.zeros(k.shape, dtype=exact, device=k.device)
+    dv = torch.zeros(k.shape, dtype=exact, device=k.device)
+
+    for at, keys, queries, weight in weight_blocks(q * E**-0.5, k, mask):
+        dout = group_heads(grad[:, at], G)
+        dv[:, :keys] += torch.bmm(weight.mT, dout)
+        dweight = torch.bmm(dout, v[:, :keys].mT)
+        dscore = torch._softmax_backward_data(dweight, weight, -1, q.dtype)
+        dk[:, :keys] += torch.bmm(dscore.mT, queries)
+        dqueries = torch.bmm(dscore, k[:, :keys]) * E**-0.5
+        dq[:, at] = ungroup_heads(dqueries, B, at.stop - at.start)
+    dk = ungroup_heads(dk, B, S).to(k.dtype)
+    dv = ungroup_heads(dv, B, S).to(v.dtype)
+    return dq, dk, dv
+
+
+@attend_on_cpu.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.empty_like(q)
+
+
+@attend_on_cpu_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+attend_on_cpu.register_autograd(
+    lambda ctx, grad: (*attend_on_cpu_backward(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention of one token to a cache
+
+
+def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """Returns attention of one query per row over the first length [B] of its slots.
+
+    q [B, 1, H, E], k and v [B, C, G, E] -> [B, 1, H, E]: attend(q, k, v, mask) with mask = slot < length."""
+    if use_flash(q):
+        return flash_decode(q, k, v, length)
+    B, _, H, E = q.shape
+    C, G = k.shape[1:3]
+    empty = torch.arange(C, device=q.device) >= length[:, None]  # [B, C]
+    if not torch.compiler.is_compiling():
+        return attend(q, k, v, ~empty[:, None, None, :])
+
+    # Products and sums, so that Inductor fuses reading the cache with the dot product; SDPA works in blocks made for
+    # many queries. In eager mode nothing would fuse, and the products are E times the size of the scores.
+    q = q.view(B, G, H // G, 1, E).float() * E**-0.5
+    keys = k.transpose(1, 2)[:, :, None].float()  # [B, G, 1, C, E]
+    values = v.transpose(1, 2)[:, :, None].float()
+    score = (q * keys).sum(-1)  # [B, G, H/G, C]
+    score = score.masked_fill(empty[:, None, None], -math.inf)
+    weight = score.softmax(-1)
+    y = (weight[..., None] * values).sum(3)
+    return y.to(v.dtype).view(B, 1, H, E)
+
+
+def use_flash(q: Tensor) -> bool:
+    """Returns whether flash-attn decodes: on CUDA, in half precision, where it is installed."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and find_spec("flash_attn") is not None
+
+
+@torch.library.custom_op("nanomor::flash_decode", mutates_args=())  # opaque to torch.compile, so fullgraph holds
+def flash_decode(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """Returns what attend_cache does. q and k come rotated: flash-attn's rotary would use compacted positions."""
+    from flash_attn import flash_attn_with_kvcache
+
+    return flash_attn_with_kvcache(q, k, v, cache_seqlens=length.to(torch.int32), causal=True)
+
+
+@flash_decode.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gather with its inverse, and the loss
+
+
+def compact(active: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Returns (index, slot). index [B, K]: the position of the token in each slot, ascending, T where a slot is empty.
+    slot [B, T]: the slot of each token, K where it has none. K is `slots`; active is bool [B, T]."""
+    B, T = active.shape
+    order = active.cumsum(1) - 1
+    slot = torch.where(active, order, slots).clamp(max=slots)
+    index = torch.full((B, slots + 1), T, device=active.device)  # one more slot, where all other tokens go
+    position = torch.arange(T, device=active.device).expand(B, T)
+    index = index.scatter(1, slot, position)[:, :slots]
+    return index, slot
+
+
+def take(x: Tensor | None, index: Tensor, fill: int) -> Tensor | None:
+    """Returns x [B, T] at index [B, K], `fill` where it is T; None for None. Else torch.take_along_dim(x, index, 1)."""
+    if x is None:
+        return None
+    T = x.size(1)
+    taken = x.gather(1, index.clamp(max=T - 1))
+    return taken.masked_fill(index == T, fill)
+
+
+def take_rows(x: Tensor | None, index: Tensor, inverse: Tensor) -> Tensor | None:
+    """Returns the rows of x [B, S, D] at index [B, K], zeros where it is S, as [B, K, D]; None for None.
+
+    `inverse` [B, S] undoes the index (K for rows not taken). Without padding: torch.take_along_dim(x, index, 1)."""
+    return None if x is None else TakeRows.apply(x, index, inverse)
+
+
+class TakeRows(torch.autograd.Function):
+    """take_rows, whose gradient is another one by the inverse: no atomic additions, which are slow on CPUs and add up
+    in another order each time on GPUs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return TakeRows.gather(x, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return TakeRows.gather(grad, inverse), None, None
+
+    @staticmethod
+    def gather(x: Tensor, index: Tensor) -> Tensor:
+        B, S, D = x.shape
+        row = index.clamp(max=S - 1)
+        taken = x.gather(1, row[..., None].expand(-1, -1, D))
+        real = (index < S)[..., None]
+        return torch.where(real, taken, 0.0)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Returns the mean cross entropy over the targets that are not -100, an fp32 scalar; 0 if all are.
+
+    x [B, T, D], weight [V, D], target int64 [B, T]: F.cross_entropy((x @ weight.T).flatten(0, 1), target.flatten())."""
+    x, target = x.flatten(0, 1), target.flatten()
+    rows = max(2**23 // weight.size(0), 1)  # 8M logits at a time
+    rows = max(rows, math.ceil(x.size(0) / 16))  # at most 16 chunks are unrolled
+    wants_grad = torch.is_grad_enabled()
+    total = LinearCrossEntropy.apply(x, weight, target, rows, matmul_dtype(x), wants_grad)
+    count = (target != -100).sum()
+    return total / count.clamp(min=1)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of cross entropies, a chunk of rows at a time, so that logits [B*T, V] never exist.
+
+    The gradients are formed in the forward pass, where the chunk's logits are at hand: nothing is computed twice. (As
+    F.linear_cross_entropy does with chunking options, which torch.compile refuses.)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, target: Tensor, rows: int, dtype: torch.dtype, wants_grad: bool):
+        x, w = x.to(dtype), weight.to(dtype)
+        token = torch.arange(w.size(0), device=x.device)
+        total = torch.zeros((), device=x.device)
+        dw = torch.zeros(weight.shape, device=x.device)
+        dx = []
+        for xc, tc in zip(x.split(rows), target.split(rows), strict=True):
+            logits = xc @ w.T
+            lse = logits.float().logsumexp(-1)
+            keep = tc != -100
+            tc = tc.clamp(min=0)[:, None]
+            right = logits.gather(1, tc)[:, 0].float()
+            total = total + ((lse - right) * keep).sum()
+            if wants_grad:
+                probability = (logits.float() - lse[:, None]).exp()
+                d = probability - (token == tc).float()
+                d = (d * keep[:, None]).to(dtype)
+                dx.append(d @ w)
+                dw = dw + (d.T @ xc).float()
+        if wants_grad:
+            ctx.save_for_backward(torch.cat(dx), dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None, None, None, None
+
+
+def scramble(x: Tensor) -> Tensor:
+    """Returns 32 random-looking bits for 32 bits, both in int64, where the products cannot overflow."""
+    x = (x >> 16) ^ x
+    x = x * 0x45D9F3B & 0xFFFFFFFF
+    x = (x >> 15) ^ x
+    x = x * 0x2C1B3C6D & 0xFFFFFFFF
+    return (x >> 16) ^ x
