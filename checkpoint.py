@@ -10,12 +10,14 @@ The reader and the writer of each layout stand side by side here.
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 import prepare
 from cli import fail
 from model import MoR, MoRConfig
-from prepare import load_tokenizer
+from prepare import load_tokenizer, tokenizer_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints of train.py
@@ -84,6 +86,38 @@ def load_run(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = 
     return model.to(device=device, dtype=dtype).eval(), config["data"], checkpoint
 
 
+def holds_run(path: Path) -> bool:
+    """Whether load_run, and not from_pretrained, is to read it, or to say what is wrong with it."""
+    if path.is_dir():
+        weights = any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*")) or any(path.glob("*.index.json"))
+        return any(path.glob("ckpt_*.pt")) or not weights
+    hub_name = not path.exists() and not path.is_absolute() and len(path.parts) == 2 and path.suffix != ".pt"
+    return not hub_name and path.suffix not in (".safetensors", ".bin", ".json")
+
+
+def open_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[MoR, Any, dict]:
+    """Returns (model in eval mode, its tokenizer, config) of anything that holds a model: a run directory, a ckpt_*.pt
+    file, what `export` wrote, a Hugging Face Llama, the authors' directory. What is wrong ends the program in one line.
+
+    The tokenizer, a tiktoken encoding, is None for a directory of weights that has none. config is that of the run
+    (dictionaries "model", "train" and "data"); without a run "train" is empty, and "data" has the tokenizer's name,
+    vocab_size and eot, or is empty too."""
+    path = Path(path)
+    if holds_run(path):
+        model, _, checkpoint = load_run(path, device, dtype)
+        return model, run_tokenizer(path, checkpoint), checkpoint["config"]
+    try:
+        model = from_pretrained(path)
+    except ValueError as e:
+        fail(str(e)[:400])
+    enc = load_tokenizer(path) if tokenizer_file(path) else None
+    data = {} if enc is None else dict(tokenizer=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token)
+    if data and enc.n_vocab > model.config.vocab_size:
+        fail(f"{path}: its tokenizer has {enc.n_vocab} tokens, the model {model.config.vocab_size}: one is not its own")
+    config = dict(model=model.config.asdict(), train={}, data=data)
+    return model.to(device=device, dtype=dtype).eval(), enc, config
+
+
 def run_tokenizer(path: str | Path, checkpoint: dict):
     """The tokenizer of a run: by name, or its rank file, which is beside the checkpoint or in the data directory."""
     meta = checkpoint["config"]["data"]
@@ -141,40 +175,117 @@ REFERENCE_LAYER = {
 }
 
 
-PRETRAINED = "vocab_size n_head n_kv_head d_model d_ff rope_theta norm_eps tie_embeddings".split()
+# What a config.json that leaves a key out means: the defaults of transformers' LlamaConfig.
+LLAMA = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    hidden_act="silu",
+)
+FIXED = "vocab_size n_head n_kv_head d_model d_ff rope_theta norm_eps tie_embeddings".split()  # by the weights
 
 
-def read_pretrained(path: Path) -> tuple[dict, dict[str, Tensor], bool]:
-    """config.json and safetensors of a directory -> (fields of MoRConfig, tensors, whether `eval.py export` wrote them
-    rather than transformers). Raises ValueError."""
+def weight_files(path: Path) -> list[Path]:
+    """Returns the files of weights in a directory: one or several, with an index or without. Raises ValueError."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        whole, index = path / f"{stem}.{suffix}", path / f"{stem}.{suffix}.index.json"
+        shards = sorted(path.glob(f"{stem}-*-of-*.{suffix}"))
+        if index.exists():
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f"{index} is no index of weights ({type(e).__name__}: {e})") from e
+            absent = sorted(name for name in names if not (path / name).exists())
+            if absent:
+                raise ValueError(f"{path} lacks {', '.join(absent[:3])}, which {index.name} names: fetch it again")
+            return [path / name for name in sorted(names)]
+        if whole.exists():
+            return [whole]
+        if shards:
+            count = int(re.search(r"-of-(\d+)", shards[0].name)[1])
+            if len(shards) != count:
+                raise ValueError(f"{path} has {len(shards)} of {count} files {stem}-*.{suffix}: fetch the others")
+            return shards
+    raise ValueError(f"{path} holds no weights: a model.safetensors or pytorch_model.bin is expected in it")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a directory, under the names that transformers gives them. Raises ValueError for whatever
+    is damaged, quantized, not finite, or an adapter."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    weights, file = {}, path / "config.json"
+    weights = {}
+    damage = (OSError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+    for file in weight_files(path):
+        try:
+            if file.suffix == ".safetensors":
+                weights |= load_file(file)
+            else:
+                weights |= torch.load(file, map_location="cpu", weights_only=True)
+        except damage as e:
+            reason = " ".join(str(e).split())[:150]
+            raise ValueError(f"{file} cannot be read ({type(e).__name__}: {reason}): fetch it again") from e
+
+    # names that DDP, torch.compile or a model without its head leave behind
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): w for name, w in weights.items()}
+    if "embed_tokens.weight" in weights:
+        weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in weights.items()}
+
+    # a rotary table is a constant that old checkpoints carry
+    weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    others = [name for name, w in weights.items() if not isinstance(w, Tensor)]
+    if others:
+        raise ValueError(f"{path} holds {', '.join(others[:3])} beside or instead of tensors: save model.state_dict()")
+    if any("lora_" in name for name in weights):
+        raise ValueError(f"{path} is a LoRA adapter, not a model: merge it into its base model and save that")
+    integers = [f"{name} ({w.dtype})" for name, w in weights.items() if not w.is_floating_point()]
+    if integers:
+        raise ValueError(f"{path} is quantized: {', '.join(integers[:3])} ...: give the weights in bf16 or fp32")
+    bad = [name for name, w in weights.items() if not w.float().isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: weights are not finite: {', '.join(bad[:3])}{' ...' if bad[3:] else ''}")
+    return weights
+
+
+def read_config(path: Path) -> tuple[dict, bool]:
+    """Returns (fields of MoRConfig, whether `export` wrote them rather than transformers) of a directory's config.json.
+    Raises ValueError."""
+    file = path / "config.json"
+    if path.is_file():
+        raise ValueError(f"{path} is a file: name the directory that has it and its config.json")
+    if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
+        fetch = f"hf download {path} --local-dir {path.name}"
+        raise ValueError(f"{file} does not exist; if {path} is a name on the hub: {fetch}, and name that directory")
     try:
-        c = json.loads(file.read_text())
-        file = path / "model.safetensors.index.json"  # several files
-        names = set(json.loads(file.read_text())["weight_map"].values()) if file.exists() else {"model.safetensors"}
-        for name in sorted(names):
-            file = path / name
-            weights |= load_file(file)
+        c = LLAMA | json.loads(file.read_text())
         if c.get("model_type") == "nanomor":
-            return c["model"], weights, True
-        file = path / "config.json"
+            return c["model"], True
         width = c["hidden_size"] // c["num_attention_heads"]
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
         settings = dict(
-            vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"], n_layer=c["num_hidden_layers"],
-            n_head=c["num_attention_heads"], n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
-            d_model=c["hidden_size"], d_ff=c["intermediate_size"], norm_eps=c["rms_norm_eps"],
+            vocab_size=c["vocab_size"],
+            block_size=c["max_position_embeddings"],
+            n_layer=c["num_hidden_layers"],
+            n_head=c["num_attention_heads"],
+            n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
+            d_model=c["hidden_size"],
+            d_ff=c["intermediate_size"],
+            norm_eps=c["rms_norm_eps"],
             rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 1e4,
-            tie_embeddings=c.get("tie_word_embeddings", False),
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+            tie_embeddings=c.get("tie_word_embeddings"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(f"{file} is not a part of a Hugging Face Llama ({type(e).__name__}: {e})") from e
     needs = [  # what of a Llama's config.json this model has no switch for
         ("model_type", c.get("model_type"), "llama"),
-        ("hidden_act", c.get("hidden_act", "silu"), "silu"),
+        ("hidden_act", c["hidden_act"], "silu"),
         ("attention_bias", c.get("attention_bias") or False, False),
         ("mlp_bias", c.get("mlp_bias") or False, False),
         ("head_dim", c.get("head_dim") or width, width),
@@ -183,7 +294,60 @@ def read_pretrained(path: Path) -> tuple[dict, dict[str, Tensor], bool]:
     wrong = [f"{name}={value!r} must be {must!r}" for name, value, must in needs if value != must]
     if wrong:
         raise ValueError(f"{file}: {', '.join(wrong)}")
-    return settings, weights, False
+    return settings, False
+
+
+def recognize_routing(weights: Mapping[str, Tensor]) -> dict:
+    """Returns the fields of MoRConfig that the authors' names of a routed model's tensors tell; {} for other names."""
+    patterns = {
+        "expert": r"model\.layers\.(\d+)\.block\.(\d+)\.",  # a copy of the block in each recursion
+        "token": r"model\.layers\.(\d+)\.block_list\.\d+\.(\d+)\.",
+    }
+    for router, pattern in patterns.items():
+        found = [match.groups() for match in map(re.compile(pattern).match, weights) if match]
+        if not found:
+            continue
+
+        # copies of the block may be left out, routers may not
+        routers = [name for name in weights if ".mor_router." in name]
+        if router == "expert":
+            n = len({name.split(".mor_router.")[0] for name in routers})
+        else:
+            n = max((len(weights[name]) for name in routers if ".router.0." not in name), default=0)
+        if n < 2:
+            raise ValueError(f"{n} routers for a block of layers: an expert-choice or token-choice model has 2 or more")
+        first = min(int(position) for position, _ in found)  # 1 where a layer of its own comes before
+        layers = len({layer for _, layer in found})
+        fields = dict(router=router, n_recursion=n, n_layer=n * layers + 2 * first)
+        fields["sharing"] = "middle_cycle" if first else "cycle"
+        fields["router_arch"] = "mlp" if any(".router.0." in name for name in routers) else "linear"
+        if any(".mlp_router." in name for name in weights):
+            fields["causality"] = "aux_router"
+        if any(name.endswith(".router_bias") for name in weights):
+            fields["balance"] = "bias"
+        return fields
+    return {}
+
+
+def recognize_sharing(weights: Mapping[str, Tensor], n_layer: int) -> dict:
+    """Returns the fields of MoRConfig of a recursive model that is stored unrolled, as a Llama whose layers repeat; {}
+    if none does. What repeats most counts: all layers before all but the outermost, many recursions before few."""
+    prints = []
+    for i in range(n_layer):
+        layer = [weights.get(f"model.layers.{i}.{name}.weight") for name in REFERENCE_LAYER]
+        prints.append([None if w is None else w.flatten()[:16].tolist() for w in layer])
+    for prefix, inner in (("", prints), ("middle_", prints[1:-1])):
+        for n in range(len(inner), 1, -1):
+            if len(inner) % n:
+                continue
+            orders = {
+                "cycle": inner[: len(inner) // n] * n,
+                "sequence": [inner[u - u % n] for u in range(len(inner))],
+            }
+            for name, order in orders.items():
+                if order == inner:
+                    return dict(n_recursion=n, sharing=prefix + name, n_layer=n_layer)
+    return {}
 
 
 def reference_names(model: MoR) -> dict[str, str]:
@@ -224,6 +388,8 @@ def load_reference_state_dict(model: MoR, sd: Mapping[str, Tensor]) -> None:
         ours = names.get(theirs)
         if theirs.endswith("rotary_emb.inv_freq"):
             continue  # a constant that old Llama checkpoints carry
+        elif not tensor.isfinite().all():
+            bad.append(f"{theirs} is not finite")  # which is not equal to itself
         elif ours is None:
             bad.append(f"surplus tensor {theirs}")
         elif tensor.shape != own[ours].shape:
@@ -240,26 +406,44 @@ def load_reference_state_dict(model: MoR, sd: Mapping[str, Tensor]) -> None:
 
 
 def from_pretrained(path: str | Path, init: str = "stepwise", **overrides) -> MoR:
-    """Weights of a directory with config.json and safetensors: a Hugging Face Llama, or what `eval.py export`
-    wrote. `overrides` are MoRConfig fields. A Llama gives the vanilla model; with n_recursion > 1 first and last
-    layer stay, routers are new, and the shared block starts from the layers between (Relaxed Recursive
-    Transformers, arXiv 2410.20672; paper Table 12):
+    """Returns the model in a directory of weights and a config.json. Its layout is known by the names of the tensors:
+
+        a Llama of transformers    the vanilla model; or the recursive one, if its layers repeat
+        the authors' checkpoints   N_r, router and sharing as names and shapes tell (not kv="share": give that)
+        what `export` wrote        the model of the run
+
+    `overrides` are MoRConfig fields. For a Llama, n_recursion > 1 makes a model to uptrain: first and last layer stay,
+    routers are new, and the shared block starts from the layers between (Relaxed Recursive Transformers, arXiv
+    2410.20672; paper Table 12):
 
         stepwise  evenly spaced layers, the outermost included   average  the mean of the layers that become one
         lower     the lowest layers                              upper    the highest
 
     init="reference": the file holds the authors' layout of the model that `overrides` describe. Raises ValueError
     for whatever does not fit."""
-    settings, weights, ours = read_pretrained(Path(path))
-    given = {f: overrides[f] for f in PRETRAINED if overrides.get(f, settings[f]) != settings[f]}
+    path = Path(path)
+    settings, ours = read_config(path)
+    weights = read_weights(path)
+    if settings.get("tie_embeddings") is None:  # not said: tied, if there is no other head
+        settings["tie_embeddings"] = "lm_head.weight" not in weights
+
+    # what the weights say besides config.json
+    layout = {} if ours else recognize_routing(weights)
+    reshaped = {"n_recursion", "n_layer", "sharing"} & overrides.keys()
+    if not ours and not layout and not reshaped and init != "reference":
+        layout = recognize_sharing(weights, settings["n_layer"])
+    settings |= layout
+    given = {f: overrides[f] for f in [*FIXED, *layout] if overrides.get(f, settings[f]) != settings[f]}
     if given:
         theirs = {f: settings[f] for f in given}
         raise ValueError(f"{given} must be what the weights in {path} have: {theirs}")
     config = MoRConfig.resized(settings, overrides)
-    if ours or init == "reference" or config.n_recursion == 1:
+    if ours or layout or init == "reference" or config.n_recursion == 1:
         model = MoR(config)
         load_reference_state_dict(model, weights)
         return model
+
+    # a Llama becomes a recursive model
     source = MoR(MoRConfig(**settings))
     load_reference_state_dict(source, weights)
     layers = [layer.state_dict() for layer in source.block]

@@ -296,7 +296,7 @@ def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig,
             config = MoRConfig.preset(cfg.preset, **(MODEL_DEFAULTS | dict(vocab_size=meta["vocab_size"]) | given))
         else:
             torch.manual_seed(cfg.seed)  # of new routers
-            own = path.is_file() or any(path.glob("ckpt_*.pt"))
+            own = any(path.glob("ckpt_*.pt")) or path.is_file() and path.suffix == ".pt"
             model, theirs, _ = load_run(path) if own else (from_pretrained(path, cfg.init, **given), meta, None)
             config, remedy = replace(model.config, **given), "prepare the data with the tokenizer of the weights"
     except ValueError as e:
@@ -439,7 +439,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     """Returns about U V^T for matrices x = U S V^T, [n, rows, columns]: five Newton-Schulz iterations (Muon)."""
     a, b, c = NEWTON_SCHULZ
     tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x  # the products are of the size of the shorter side
+    x = x.mT.contiguous() if tall else x  # the products are of the size of the shorter side
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
