@@ -44,7 +44,6 @@ import torch
 from checkpoint import checkpoints, load_run, step_of
 from cli import Parser, fail, flag
 from eval import THRESHOLDS, flops, fractions, measure, rounded
-from model import CHOICES as MODEL_CHOICES
 from model import MoR, MoRConfig
 from prepare import Shards, load_meta
 from train import read_metrics
@@ -147,13 +146,12 @@ def model_config(args, spec: Spec) -> MoRConfig:
 
 
 def count_costs(config: MoRConfig) -> dict:
-    """Returns the forward FLOPs per token, head included, by both conventions, and the parameters. The paper counts the
-    projections of keys and values at full width, however heads are grouped."""
+    """Returns the forward FLOPs per token, head included, by both conventions, and the parameters."""
     T = config.block_size
     with torch.device("meta"):
-        model, full = MoR(config), MoR(replace(config, n_kv_head=config.n_head))
+        model = MoR(config)
     costs = dict(flops_per_token=model.flops_per_token(T, head=True))
-    costs |= dict(flops_per_token_paper=full.flops_per_token(T, head=True))
+    costs |= dict(flops_per_token_paper=model.flops_per_token(T, head=True, convention="paper"))
     return costs | dict(params=model.num_params(), params_embedding=model.num_params(embedding=True))
 
 
@@ -262,10 +260,9 @@ def plan(args, rows: list[dict]) -> list[Spec]:
             every = {lr for wanted in rates.values() for lr in wanted}
             for lr in sorted(every, key=lambda lr: (abs(math.log(lr / middle)), -lr)):
                 specs += [Spec(arm, args.main, budgets[0], lr, optimizer) for arm in rates if lr in rates[arm]]
-        known = [arm for arm in names if arms(args.layers)[arm][1].get("router", "none") in MODEL_CHOICES["router"]]
         for seed in seeds if budget < len(budgets) else ():
             for width in widths[which]:
-                for arm in known:
+                for arm in names:
                     lr = best_rate(args, rows, arm, optimizer)
                     specs.append(Spec(arm, width, budgets[budget], lr, optimizer, seed))
     return list(dict.fromkeys(specs))
