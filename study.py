@@ -424,14 +424,17 @@ def exit_by_confidence(model: MoR, rows: np.ndarray, limits: tuple = (1, 2, 3, 4
 
 
 def run(args) -> None:
-    """Works through the plan until nothing is left that this process can take."""
+    """Works through the plan until every run is done or has failed."""
     failed = {}
     while True:
         left = [s for s in open_specs(args, read_rows(args.rows))[1] if s.lr is not None and s.key not in failed]
+        if not left:
+            break
         claims = ((spec, claim(args, spec)) for spec in left)
         spec, lock = next((pair for pair in claims if pair[1]), (None, None))
         if spec is None:
-            break
+            time.sleep(2)  # others have them all, or what a killed queue left running does
+            continue
         with lock:
             if spec.key in {row["key"] for row in read_rows(args.rows)}:
                 continue  # another process finished it in the meantime
@@ -459,7 +462,9 @@ def rerun(args) -> None:
         code, out = Path(scratch, "code"), Path(scratch, "run")
         git = ["git", "-C", str(ROOT), "worktree"]
         if subprocess.run([*git, "add", "--quiet", "--detach", str(code), row["commit"].rstrip("+")]).returncode:
-            fail(f"commit {row['commit']} of {args.key} cannot be checked out")
+            fail(f"commit {row['commit']} of {args.key} cannot be checked out: fetch it first")
+        if row["commit"].endswith("+"):
+            print("note: the row was made with programs that differ from its commit", file=sys.stderr)
         line = shlex.split(row["command"])[2:]
         status = subprocess.run([sys.executable, str(code / "train.py"), *line, "--out", str(out)]).returncode
         subprocess.run([*git, "remove", "--force", str(code)])
