@@ -198,24 +198,18 @@ def describe_run(args, spec: Spec) -> tuple[list[str], dict]:
 
 def read_rows(path: Path) -> list[dict]:
     """Returns the finished runs. What a crash left of a line is no row."""
-    rows = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        try:
-            rows.append(json.loads(line if line.endswith("\n") else ""))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def append_row(path: Path, row: dict) -> None:
-    """Writes one line and waits for the disk. The remains of a torn line end up on a line of their own."""
+    """Adds one line in place of what a crash left of one, and waits for the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        size = f.seek(0, os.SEEK_END)
-        f.seek(max(0, size - 1))
-        torn = size > 0 and f.read(1) != b"\n"
-        f.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)
+        f.write(json.dumps(row).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
 
