@@ -45,7 +45,8 @@ from checkpoint import checkpoints, load_run, step_of
 from cli import Parser, fail, flag
 from eval import THRESHOLDS, flops, fractions, measure, rounded
 from model import MoR, MoRConfig
-from prepare import Shards, load_meta
+from prepare import Shards, load_meta, load_tokenizer, tokenizer_file
+from show import token_bytes
 from train import read_metrics
 
 ROOT = Path(__file__).resolve().parent
@@ -387,24 +388,73 @@ def examine(args, checkpoint: Path) -> dict:
         found["scaling"].append(knob | cost | dict(depth=m.depth.mean()))
     if c.router == "none":
         found["confidence"] = exit_by_confidence(model, rows)
+    else:
+        found["difficulty"] = relate_depth(model, rows, classify_tokens(args, c.vocab_size))
     return rounded(found)
 
 
 @torch.no_grad()
+def predict(model: MoR, rows: np.ndarray, **knobs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (loss, entropy of the prediction, depth) of every token of the blocks [E, T+1]: each [E, T], in nats."""
+    parts = []
+    for block in torch.from_numpy(rows).split(8):
+        out = model(block[:, :-1], routing="causal", **knobs)
+        logp = out.logits.log_softmax(-1)
+        loss = -logp.gather(-1, block[:, 1:, None])[..., 0]
+        parts.append((loss, -(logp.exp() * logp).sum(-1), out.depth))
+    loss, entropy, depth = zip(*parts, strict=True)
+    return torch.cat(loss).numpy(), torch.cat(entropy).numpy(), torch.cat(depth).numpy()
+
+
+def classify_tokens(args, vocab_size: int) -> np.ndarray:
+    """Returns the class of each token id: 0 begins a word, 1 goes on with one, 2 digits, 3 space, 4 anything else. All
+    are 4 where the data has no tokenizer beside it."""
+    classes = np.full(vocab_size, 4)
+    if not tokenizer_file(args.data):
+        return classes
+    enc = load_tokenizer(args.data)
+    for token in range(enc.n_vocab - 1):  # the last one is end-of-text
+        text = token_bytes(enc, token).decode(errors="replace")
+        kinds = (text[:1] == " " and text[1:].isalpha(), text.isalpha(), text.strip().isdigit(), text.isspace(), True)
+        classes[token] = kinds.index(True)
+    return classes
+
+
+def relate_depth(model: MoR, rows: np.ndarray, classes: np.ndarray) -> dict:
+    """Returns Spearman's rank correlations of a token's depth with how hard its prediction is: its loss, its entropy,
+    and its loss when all tokens stop after one recursion, which its own depth cannot lower. "raw" is over all tokens;
+    the others compare tokens of one class within 32 positions."""
+    loss, entropy, depth = predict(model, rows)
+    alone = predict(model, rows, max_depth=1)[0]
+    position = np.arange(loss.shape[1]) // 32
+    strata = position * 8 + classes[rows[:, :-1]]
+    found = dict(raw=correlate_ranks(depth, loss, np.zeros_like(strata)))
+    for name, hard in dict(loss=loss, entropy=entropy, loss_at_depth_1=alone).items():
+        found[name] = correlate_ranks(depth, hard, strata)
+    return found
+
+
+def correlate_ranks(a: np.ndarray, b: np.ndarray, strata: np.ndarray) -> float | None:
+    """Returns the correlation of the ranks that a and b have in their stratum, ties sharing theirs; None where one of
+    them never varies."""
+    ranks = np.zeros((2, a.size))
+    for stratum in np.unique(strata):
+        here = strata.ravel() == stratum
+        for i, x in enumerate((a, b)):
+            _, which, counts = np.unique(x.ravel()[here], return_inverse=True, return_counts=True)
+            rank = counts.cumsum() - (counts - 1) / 2
+            ranks[i, here] = (rank[which] - (here.sum() + 1) / 2) / here.sum()
+    spread = math.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
+    return float((ranks[0] * ranks[1]).sum() / spread) if spread else None
+
+
 def exit_by_confidence(model: MoR, rows: np.ndarray, limits: tuple = (1, 2, 3, 4, 5, 6)) -> list[dict]:
     """Returns loss and FLOPs when a token of a recursive model stops as soon as the entropy of its next-token
     distribution, in nats, is below a limit. Kind to the method: the tokens that go on see all keys of their depth, also
     those of tokens that stopped. Each look costs the last layer and the head."""
-    c, entropies, losses = model.config, [], []
-    for depth in range(1, c.n_recursion + 1):
-        entropy, loss = [], []
-        for block in torch.from_numpy(rows).split(8):
-            logp = model(block[:, :-1], routing="causal", max_depth=depth).logits.log_softmax(-1)
-            entropy.append(-(logp.exp() * logp).sum(-1))
-            loss.append(-logp.gather(-1, block[:, 1:, None])[..., 0])
-        entropies.append(torch.cat(entropy).numpy())
-        losses.append(torch.cat(loss).numpy())
-
+    c = model.config
+    looks = [predict(model, rows, max_depth=depth) for depth in range(1, c.n_recursion + 1)]
+    losses, entropies, _ = zip(*looks, strict=True)
     T, found = c.block_size, []
     none, one = (model.flops_per_token(T, fractions=[x] + [0.0] * (c.n_recursion - 1)) for x in (0.0, 1.0))
     look = (one - none) / c.n_block * (1 if c.n_unshared else 0) + 2 * c.d_model * c.vocab_size
@@ -564,6 +614,21 @@ def tabulate(args, rows: list[dict]) -> list[str]:
                 shown = [f"{show_interval(c, '+')} ({len(c)})" if c else "" for c in cells]
                 lines.append([f"{arm} − {minus}", optimizer, *shown])
     page += markdown("|".join(["difference (seeds)", "optimizer", *(f"{b:g}" for b in sorted(args.budgets))]), lines)
+
+    lines = []
+    for (optimizer, arm, width, budget), seeds in groups.items():
+        if "difficulty" in next(iter(seeds.values())):
+            kinds = "raw loss entropy loss_at_depth_1".split()
+            values = [[row["difficulty"][kind] for row in seeds.values()] for kind in kinds]
+            lines.append(
+                [arm, optimizer, width, f"{budget:g}", *("" if None in v else show_interval(v, "+") for v in values)]
+            )
+    if lines:
+        page += [
+            "**Depth and difficulty**: rank correlation of a token's depth with its loss over all tokens, then with"
+        ]
+        page += ["loss, entropy and the loss at one recursion among tokens of one class within 32 positions.", ""]
+        page += markdown("arm|optimizer|width|FLOPs|loss, all tokens|loss|entropy|loss at one recursion", sorted(lines))
 
     page += ["**Best of the widths**, seed 0: loss (width).", ""]
     lines = []

@@ -9,6 +9,8 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -223,7 +225,7 @@ def test_a_killed_queue_loses_and_repeats_nothing(place, tmp_path):
     last = rows[-1]
     assert last["budget"] == 2.4e9 and last["continued_from"] == study.Spec("MoR-3", 16, 1.2e9, last["lr"]).key
     assert "equal to the bit" in finish(start(place, "rerun", last["key"]))
-    assert {x.get("threshold") for x in last["scaling"]} > {None, 0.1, 0.9}
+    assert {x.get("threshold") for x in last["scaling"]} > {None, 0.1, 0.9} and "loss" in last["difficulty"]
     assert "2 of 2" not in finish(start(place, "status"))
 
 
@@ -260,6 +262,21 @@ def test_confidence_exit_lies_between_the_depths(place):
     whole = model.flops_per_token(16, head=True)
     assert always["flops_per_token"] == pytest.approx(model.flops_per_token(16, head=True, fractions=[1, 0, 0]))
     assert never["flops_per_token"] > whole + 2 * head  # it looked twice before the last recursion
+
+
+def test_rank_correlation_within_strata():
+    """Against pandas over all; and a relation that only the strata make disappears within them."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 3, 200), rng.normal(size=200)
+    b[:50] = 0.0  # ties
+    assert study.correlate_ranks(a, b, np.zeros(200)) == pytest.approx(
+        pd.DataFrame(dict(a=a, b=b)).corr("spearman").iloc[0, 1]
+    )
+    strata = np.repeat([0, 1], 500)
+    a, b = strata * 5 + rng.integers(0, 3, 1000), strata * 5 + rng.normal(size=1000)
+    assert study.correlate_ranks(a, b, np.zeros(1000)) > 0.5
+    assert abs(study.correlate_ranks(a, b, strata)) < 0.1
+    assert study.correlate_ranks(np.ones(9), b[:9], np.zeros(9)) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
