@@ -16,8 +16,9 @@ budget: warm-up is 5 % of the steps of the smallest budget, cool-down 20 % of th
 only in budget share their plateau, and a larger one continues from where the smaller left it, which changes no bit. A
 finished run is one line of the rows file, written at once; everything else can be deleted and is not asked for again.
 
-Learning rates: --rates are tried at the smallest budget for the arms of SWEPT; while the best of them is the smallest
-or the largest, half or twice of it is tried too. That rate serves the arm, and the arms that name it, everywhere.
+Learning rates: --rates are tried at the smallest budget and the main width; while the best of them is the smallest or
+the largest, half or twice of it is tried too (a single rate is taken as it is). The best one serves the arm, and the
+arms that name it, at all widths, budgets and seeds.
 """
 
 import fcntl
@@ -86,34 +87,36 @@ def arms(layers: int) -> dict[str, tuple[str, dict]]:
 
 
 HEAD = ("vanilla", "MoR-3", "MoR-2", "recursive-3")
-SWEPT = {"adamw": HEAD, "muon": ("vanilla", "MoR-3", "recursive-3")}
-CONTROLS = ("recursive at mean depth", "MoR-3 gate alone", "MoR-2 gate alone", "MoR-3 random", "MoR-3 position")
+THREE = ("vanilla", "MoR-3", "recursive-3")
+CONTROLS = ("MoR-3 gate alone", "recursive at mean depth", "MoR-3 random", "MoR-3 position")
 SMALLER = ("vanilla at mean depth", "vanilla at equal parameters")
 ROUTERS = ("MoR-3 token", "MoR-3 token, none dropped", "MoR-3 shared KV", "MoR-3 auxiliary 16e-3")
-SHARING = (
-    "MoR-2 of MoR-3 blocks", "recursive-3 cycle", "recursive-3 sequence", "recursive-3 middle sequence",
-)  # fmt: skip
+SHARING = ("recursive-3 cycle", "recursive-3 sequence", "recursive-3 middle sequence")
 STAGES = (  # (optimizer, arms, widths, which budget, seeds), most wanted first; "main" is one width, "others" the rest
-    ("adamw", HEAD, "main", 0, (1, 2)),
-    ("adamw", ("recursive-2", *CONTROLS, *SMALLER), "main", 0, (0,)),
+    ("adamw", THREE, "main", 0, (0,)),
+    ("adamw", CONTROLS, "main", 0, (0,)),
+    ("adamw", THREE, "main", 0, (1, 2)),
+    ("adamw", ("MoR-2", "recursive-2", "MoR-2 gate alone", *SMALLER), "main", 0, (0,)),
     ("adamw", ("vanilla",), "others", 0, (0,)),
     ("adamw", HEAD, "main", 1, (0, 1, 2)),
-    ("adamw", CONTROLS, "main", 0, (1, 2)),
+    ("adamw", (*CONTROLS, "MoR-2"), "main", 0, (1, 2)),
     ("adamw", ("vanilla", "MoR-3", "MoR-2"), "others", 1, (0,)),
-    ("adamw", ("recursive-2", *CONTROLS, *SMALLER), "main", 1, (0,)),
-    ("muon", SWEPT["muon"], "main", 1, (0, 1, 2)),
+    ("adamw", (*CONTROLS, "recursive-2", "MoR-2 gate alone", *SMALLER), "main", 1, (0,)),
+    ("muon", THREE, "main", 1, (0, 1, 2)),
     ("adamw", HEAD, "main", 2, (0, 1, 2)),
     ("adamw", CONTROLS, "main", 1, (1, 2)),
-    ("adamw", (*ROUTERS, *SHARING), "main", 1, (0,)),
+    ("adamw", (*ROUTERS, "MoR-2 of MoR-3 blocks", *SHARING), "main", 1, (0,)),
     ("adamw", ("vanilla", "MoR-2"), "others", 2, (0,)),
     ("adamw", HEAD, "main", 3, (0,)),
     ("muon", ("vanilla", "MoR-3"), "main", 2, (0,)),
 )
+OPTIMIZERS = ("adamw", "muon")
 PAIRS = (  # (arm, minus arm) whose losses are compared
     ("MoR-3", "vanilla"), ("MoR-2", "vanilla"), ("recursive-3", "vanilla"), ("recursive-2", "vanilla"),
     ("MoR-3", "recursive-3"), ("MoR-2", "recursive-2"),
-    *(("MoR-3", control) for control in (*CONTROLS[:2], *CONTROLS[3:], *SMALLER)), ("MoR-2", "MoR-2 gate alone"),
-    *((variant, "MoR-3") for variant in ROUTERS), *((variant, "recursive-3") for variant in SHARING[1:]),
+    *(("MoR-3", control) for control in (*CONTROLS, *SMALLER)), ("MoR-2", "MoR-2 gate alone"),
+    ("MoR-3 gate alone", "recursive-3"),
+    *((variant, "MoR-3") for variant in ROUTERS), *((variant, "recursive-3") for variant in SHARING),
 )  # fmt: skip
 
 
@@ -226,7 +229,7 @@ def sweep(args, rows: list[dict], arm: str, optimizer: str) -> tuple[dict[float,
     names = "arm optimizer width budget seed".split()
     tried = {row["lr"]: loss_of(row) for row in rows if tuple(row[name] for name in names) == wanted_row}
     wanted = sorted(args.rates)
-    while set(wanted) <= tried.keys() and len(wanted) < len(args.rates) + 3:
+    while set(wanted) <= tried.keys() and 1 < len(wanted) < len(args.rates) + 3:
         best = min(wanted, key=tried.get)
         if wanted[0] < best < wanted[-1]:
             break
@@ -244,22 +247,24 @@ def best_rate(args, rows: list[dict], arm: str, optimizer: str, provisional: boo
 
 
 def plan(args, rows: list[dict]) -> list[Spec]:
-    """Returns every run in the order of its worth. Runs that wait for a sweep have no learning rate yet."""
+    """Returns every run in the order of its worth, a sweep before the first that needs its outcome. Runs that wait for
+    a sweep have no learning rate yet."""
     widths = dict(main=[args.main], others=[w for w in args.sizes if w != args.main])
-    budgets, specs, swept = sorted(args.budgets), [], set()
+    budgets, kinds, specs = sorted(args.budgets), arms(args.layers), []
+    middle = sorted(args.rates)[len(args.rates) // 2]
     for optimizer, names, which, budget, seeds in STAGES:
-        if optimizer not in swept:
-            swept.add(optimizer)
-            rates = {arm: sweep(args, rows, arm, optimizer)[1] for arm in SWEPT[optimizer]}
-            middle = sorted(args.rates)[len(args.rates) // 2]
-            every = {lr for wanted in rates.values() for lr in wanted}
-            for lr in sorted(every, key=lambda lr: (abs(math.log(lr / middle)), -lr)):
-                specs += [Spec(arm, args.main, budgets[0], lr, optimizer) for arm in rates if lr in rates[arm]]
-        for seed in seeds if budget < len(budgets) else ():
+        if budget >= len(budgets):
+            continue
+        trials = []
+        for arm in dict.fromkeys(kinds[name][0] for name in names):
+            trials += [Spec(arm, args.main, budgets[0], lr, optimizer) for lr in sweep(args, rows, arm, optimizer)[1]]
+        specs += sorted(trials, key=lambda spec: (abs(math.log(spec.lr / middle)), -spec.lr))
+        for seed in seeds:
             for width in widths[which]:
                 for arm in names:
-                    lr = best_rate(args, rows, arm, optimizer)
-                    specs.append(Spec(arm, width, budgets[budget], lr, optimizer, seed))
+                    spec = Spec(arm, width, budgets[budget], best_rate(args, rows, arm, optimizer), optimizer, seed)
+                    if spec.lr or replace(spec, lr=trials[0].lr) not in trials:  # else the sweep will have run it
+                        specs.append(spec)
     return list(dict.fromkeys(specs))
 
 
@@ -497,26 +502,31 @@ def run(args) -> None:
         fail("; ".join(f"{key}: {reason}" for key, reason in failed.items()))
 
 
+def repeat(args, row: dict, code: Path, out: Path) -> dict:
+    """Trains a row from nothing with the train.py in `code` -> losses and digest of the weights, as in the row."""
+    line = shlex.split(row["command"])[2:]
+    status = subprocess.run([sys.executable, str(code / "train.py"), *line, "--out", str(out)]).returncode
+    if status:
+        fail(f"train.py ended with status {status}")
+    last = read_metrics(out)[-1]
+    weights = examine(args, checkpoints(out)[-1])["weights"]
+    return dict(loss=last.get("val_loss"), topk=last.get("val_topk"), weights=weights)
+
+
 def rerun(args) -> None:
-    """Trains one row again, from nothing, with the programs of its commit, and compares losses and weights."""
+    """Trains one row again with the programs of its commit. Exits with 1 if a loss or a weight differs."""
     row = next((row for row in read_rows(args.rows) if row["key"] == args.key), None)
     if row is None:
         fail(f"{args.rows} has no row {args.key}: study.py status lists them")
+    git = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory() as scratch:
-        code, out = Path(scratch, "code"), Path(scratch, "run")
-        git = ["git", "-C", str(ROOT), "worktree"]
+        code = Path(scratch, "code")
         if subprocess.run([*git, "add", "--quiet", "--detach", str(code), row["commit"].rstrip("+")]).returncode:
             fail(f"commit {row['commit']} of {args.key} cannot be checked out: fetch it first")
-        if row["commit"].endswith("+"):
-            print("note: the row was made with programs that differ from its commit", file=sys.stderr)
-        line = shlex.split(row["command"])[2:]
-        status = subprocess.run([sys.executable, str(code / "train.py"), *line, "--out", str(out)]).returncode
-        subprocess.run([*git, "remove", "--force", str(code)])
-        if status:
-            fail(f"train.py ended with status {status}")
-        last = read_metrics(out)[-1]
-        now = dict(loss=last.get("val_loss"), topk=last.get("val_topk"))
-        now["weights"] = examine(args, checkpoints(out)[-1])["weights"]
+        try:
+            now = repeat(args, row, code, Path(scratch, "run"))
+        finally:
+            subprocess.run([*git, "remove", "--force", str(code)])
     then = {name: row[name] for name in now}
     print(f"row {then}\nnow {now}\n{'equal to the bit' if now == then else 'DIFFERENT'}")
     sys.exit(0 if now == then else 1)
@@ -528,14 +538,25 @@ def rerun(args) -> None:
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 97.5 %, by the number of seeds
 
 
-def group_rows(args, rows: list[dict]) -> dict[tuple, dict[int, dict]]:
-    """Returns the rows at their arm's learning rate: (optimizer, arm, width, budget) -> {seed: row}."""
+@dataclass(frozen=True)
+class Group:
+    """What was compared: runs that differ only in their seed."""
+
+    optimizer: str
+    arm: str
+    width: int
+    budget: float
+
+
+def group_rows(args, rows: list[dict]) -> dict[Group, dict[int, dict]]:
+    """Returns the rows at their arm's learning rate, by group and seed; groups by budget, optimizer, arm, width."""
     groups = {}
     for row in rows:
         if row["lr"] == best_rate(args, rows, row["arm"], row["optimizer"], provisional=True):
-            names = "optimizer arm width budget".split()
-            groups.setdefault(tuple(row[name] for name in names), {})[row["seed"]] = row
-    return groups
+            group = Group(row["optimizer"], row["arm"], row["width"], row["budget"])
+            groups.setdefault(group, {})[row["seed"]] = row
+    order = list(arms(args.layers))
+    return dict(sorted(groups.items(), key=lambda item: (item[0].budget, item[0].optimizer, order.index(item[0].arm))))
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
@@ -548,193 +569,201 @@ def interval(values: list[float]) -> tuple[float, float | None]:
 
 def show_interval(values: list[float], sign: str = "") -> str:
     mean, half = interval(values)
-    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
+    return f"{mean:{sign}.3f}" if half is None else f"{mean:{sign}.3f} ± {half:.3f}"
 
 
-def compare(groups: dict, optimizer: str, arm: str, minus: str, width: int, budget: float) -> list[float]:
-    """Returns the differences of causal loss, one for each seed that both have."""
-    a, b = (groups.get((optimizer, name, width, budget), {}) for name in (arm, minus))
+def mean_loss(seeds: dict[int, dict]) -> float:
+    return interval([loss_of(row) for row in seeds.values()])[0]
+
+
+def seconds_of(rows: list[dict], row: dict) -> float:
+    """Returns the seconds of a run at the best speed that its machine ever reached with this arm and width."""
+    kind = [row[name] for name in ("arm", "width", "machine")]
+    same = [r["fastest"] for r in rows if [r[name] for name in ("arm", "width", "machine")] == kind]
+    return row["tokens"] / max(same)
+
+
+def compare(groups: dict, group: Group, minus: str) -> list[float]:
+    """Returns the differences of causal loss to the arm `minus`, one for each seed that both have."""
+    a, b = groups.get(group, {}), groups.get(replace(group, arm=minus), {})
     return [loss_of(a[seed]) - loss_of(b[seed]) for seed in sorted(a.keys() & b.keys())]
 
 
-def envelope(groups: dict, optimizer: str, arm: str, budget: float) -> tuple[float, int] | None:
-    """Returns (the lowest loss over the widths of an arm, seed 0; the width), None where nothing was run."""
-    same = {key: seeds for key, seeds in groups.items() if key[0::3] == (optimizer, budget) and key[1] == arm}
-    return min(((loss_of(seeds[0]), key[2]) for key, seeds in same.items() if 0 in seeds), default=None)
-
-
-def markdown(head: str, lines: list[list]) -> list[str]:
-    names = head.split("|")
-    return ["| " + " | ".join(map(str, line)) + " |" for line in (names, ["---"] * len(names), *lines)] + [""]
-
-
-def tabulate(args, rows: list[dict]) -> list[str]:
-    """Returns the tables, as lines of Markdown."""
-    groups, page = group_rows(args, rows), []
-    done, left = open_specs(args, rows)
-    page += [f"{len(done)} of {len(done) + len(left)} runs of the plan are done. Loss: nats per token of held-out"]
-    page += [
-        "documents, causal routing. Intervals: 95 %, over seeds (Student's t); differences are paired by seed.",
-        "",
-    ]
-
-    page += ["**Learning rates**: loss at the smallest budget, seed 0.", ""]
-    sweeps = {(arm, opt): sweep(args, rows, arm, opt) for opt in SWEPT for arm in SWEPT[opt]}
-    sweeps = {key: (tried, wanted) for key, (tried, wanted) in sweeps.items() if tried}
-    rates = sorted({lr for tried, _ in sweeps.values() for lr in tried})
-    lines = []
-    for (arm, optimizer), (tried, wanted) in sweeps.items():
-        best = min(tried, key=tried.get)
-        cells = [f"**{tried[lr]:.3f}**" if lr == best else f"{tried[lr]:.3f}" if lr in tried else "" for lr in rates]
-        lines.append([arm, optimizer, *cells, "yes" if set(wanted) <= tried.keys() else "no"])
-    page += markdown("|".join(["arm", "optimizer", *(f"{lr:g}" for lr in rates), "sweep done"]), lines)
-
-    page += ["**All arms at equal compute**, at the learning rate above.", ""]
-    lines = []
-    for (optimizer, arm, width, budget), seeds in sorted(groups.items(), key=lambda item: (item[0][3], item[0][0])):
-        row, all_rows = next(iter(seeds.values())), list(seeds.values())
-        fastest = max(
-            r["fastest"] for r in rows if (r["arm"], r["width"], r["machine"]) == (arm, width, row["machine"])
-        )
-        topk = "" if row["topk"] is None else show_interval([r["topk"] for r in all_rows])
-        share = "/".join(f"{x:.2f}" for x in row.get("selected", []))
-        cost = [f"{row['params'] / 1e6:.2f}", f"{row['tokens'] / 1e6:.2f}", f"{row['flops_paper']:.3g}"]
-        cost.append(f"{row['tokens'] / fastest:.0f}")
-        loss = show_interval([loss_of(r) for r in all_rows])
-        lines.append([f"{budget:g}", arm, optimizer, width, f"{row['lr']:g}", *cost, len(seeds), loss, topk, share])
-    head = "FLOPs|arm|optimizer|width|rate|M parameters|M tokens|FLOPs by the paper's count|seconds|seeds|loss|top-k"
-    page += markdown(f"{head}|share of tokens per recursion", lines)
-
-    page += [f"**Differences** at width {args.main}; below 0: the first arm is better.", ""]
-    lines = []
-    for optimizer in SWEPT:
+def compared(args, groups: dict) -> list[tuple[str, str, str, list[list[float]]]]:
+    """Returns (arm, minus arm, optimizer, differences for each budget) of all PAIRS that have any."""
+    found = []
+    for optimizer in OPTIMIZERS:
         for arm, minus in PAIRS:
-            cells = [compare(groups, optimizer, arm, minus, args.main, budget) for budget in sorted(args.budgets)]
-            if any(cells):
-                shown = [f"{show_interval(c, '+')} ({len(c)})" if c else "" for c in cells]
-                lines.append([f"{arm} − {minus}", optimizer, *shown])
-    page += markdown("|".join(["difference (seeds)", "optimizer", *(f"{b:g}" for b in sorted(args.budgets))]), lines)
+            each = [compare(groups, Group(optimizer, arm, args.main, b), minus) for b in sorted(args.budgets)]
+            if any(each):
+                found.append((arm, minus, optimizer, each))
+    return found
+
+
+def write_table(title: str, head: list[str], lines: list[list]) -> list[str]:
+    """Returns a table in Markdown, below its title."""
+    cells = [head, ["---"] * len(head), *lines]
+    return [title, "", *("| " + " | ".join(map(str, line)) + " |" for line in cells), ""]
+
+
+def write_tables(args, rows: list[dict]) -> list[str]:
+    """Returns the tables, as lines of Markdown."""
+    groups, budgets = group_rows(args, rows), sorted(args.budgets)
+    done, left = open_specs(args, rows)
+    page = [f"{len(done)} of {len(done) + len(left)} runs of the plan are done. Losses are nats per token of held-out"]
+    page += ["documents with causal routing; intervals are 95 % over seeds, differences paired by seed.", ""]
+    columns = [f"{budget:g}" for budget in budgets]
 
     lines = []
-    for (optimizer, arm, width, budget), seeds in groups.items():
-        if "difficulty" in next(iter(seeds.values())):
-            kinds = "raw loss entropy loss_at_depth_1".split()
-            values = [[row["difficulty"][kind] for row in seeds.values()] for kind in kinds]
-            lines.append(
-                [arm, optimizer, width, f"{budget:g}", *("" if None in v else show_interval(v, "+") for v in values)]
-            )
-    if lines:
-        page += [
-            "**Depth and difficulty**: rank correlation of a token's depth with its loss over all tokens, then with"
-        ]
-        page += ["loss, entropy and the loss at one recursion among tokens of one class within 32 positions.", ""]
-        page += markdown("arm|optimizer|width|FLOPs|loss, all tokens|loss|entropy|loss at one recursion", sorted(lines))
+    for arm, minus, optimizer, each in compared(args, groups):
+        shown = [f"{show_interval(values, '+')} ({len(values)})" if values else "" for values in each]
+        lines.append([f"{arm} − {minus}", optimizer, *shown])
+    title = f"**Differences** at width {args.main} by training FLOPs (seeds); below 0 the first arm is better."
+    page += write_table(title, ["arms", "optimizer", *columns], lines)
 
-    page += ["**Best of the widths**, seed 0: loss (width).", ""]
     lines = []
     for arm in HEAD:
-        best = [envelope(groups, "adamw", arm, budget) for budget in sorted(args.budgets)]
-        lines.append([arm, *("" if b is None else f"{b[0]:.3f} ({b[1]})" for b in best)])
-    return page + markdown("|".join(["arm", *(f"{b:g}" for b in sorted(args.budgets))]), lines)
+        line = [arm]
+        for budget in budgets:
+            same = [Group("adamw", arm, width, budget) for width in args.sizes]
+            found = [(loss_of(groups[group][0]), group.width) for group in same if 0 in groups.get(group, {})]
+            line.append("{:.3f} ({})".format(*min(found)) if found else "")
+        lines.append(line)
+    page += write_table("**Best of the widths** by training FLOPs, seed 0: loss (width).", ["arm", *columns], lines)
+
+    lines = []
+    for group, seeds in groups.items():
+        row, everyone = next(iter(seeds.values())), list(seeds.values())
+        counts = [f"{x / 1e6:.2f}" for x in (row["params"], row["params_embedding"], row["tokens"])]
+        costs = [f"{row['flops_paper']:.3g}", f"{seconds_of(rows, row):.0f}"]
+        topk = "" if row["topk"] is None else show_interval([r["topk"] for r in everyone])
+        losses = [len(seeds), show_interval([loss_of(r) for r in everyone]), topk]
+        share = "/".join(f"{x:.2f}" for x in row.get("selected", []))
+        line = [
+            f"{group.budget:g}",
+            group.arm,
+            group.optimizer,
+            group.width,
+            row["lr"],
+            *counts,
+            *costs,
+            *losses,
+            share,
+        ]
+        lines.append(line)
+    head = "FLOPs|arm|optimizer|width|rate|M parameters|with embedding|M tokens|FLOPs by the paper's count|seconds"
+    head += "|seeds|loss|top-k loss|share of tokens per recursion"
+    page += write_table("**All arms** at equal training FLOPs, head included.", head.split("|"), lines)
+
+    sweeps = {(arm, optimizer): sweep(args, rows, arm, optimizer) for optimizer in OPTIMIZERS for arm in HEAD}
+    rates, lines = sorted({lr for tried, _ in sweeps.values() for lr in tried}), []
+    for (arm, optimizer), (tried, wanted) in sweeps.items():
+        cells = [f"{tried[lr]:.3f}" if lr in tried else "" for lr in rates]
+        if tried:
+            best = rates.index(min(tried, key=tried.get))
+            cells[best] = f"**{cells[best]}**"
+            lines.append([arm, optimizer, *cells, "yes" if set(wanted) <= tried.keys() else "not yet"])
+    title = f"**Learning rates**: loss at {budgets[0]:g} FLOPs, width {args.main}, seed 0."
+    page += write_table(title, ["arm", "optimizer", *(f"{lr:g}" for lr in rates), "bracketed"], lines)
+
+    lines = []
+    for group, seeds in groups.items():
+        found = [row["difficulty"] for row in seeds.values() if "difficulty" in row]
+        if found and None not in [x for each in found for x in each.values()]:
+            cells = [show_interval([each[kind] for each in found], "+") for kind in found[0]]
+            lines.append([f"{group.budget:g}", group.arm, group.optimizer, group.width, *cells])
+    if lines:
+        title = (
+            "**Depth and difficulty**: rank correlation of a token's depth with its loss over all tokens; then, among "
+        )
+        title += "tokens of one class within 32 positions, with its loss, its entropy and its loss at one recursion."
+        head = "FLOPs|arm|optimizer|width|loss, all tokens|loss|entropy|loss at one recursion"
+        page += write_table(title, head.split("|"), lines)
+    return page
 
 
 def draw_losses(args, rows: list[dict], axes) -> None:
-    """Loss against FLOPs, with the envelope over widths; against seconds; against parameters."""
+    """Loss against FLOPs and seconds, lines through the best width of each budget; against parameters."""
     groups = group_rows(args, rows)
     for color, arm in enumerate(HEAD):
-        mine = {key: seeds for key, seeds in groups.items() if key[:2] == ("adamw", arm)}
-        points = []
-        for (_, _, width, budget), seeds in mine.items():
-            row = next(iter(seeds.values()))
-            fastest = max(r["fastest"] for r in rows if (r["arm"], r["width"]) == (arm, width))
-            loss = interval([loss_of(r) for r in seeds.values()])[0]
-            points.append((row["flops"], row["tokens"] / fastest, row["params"], loss, budget))
-        for x, axis in enumerate(axes):
-            axis.plot([p[x] for p in points], [p[3] for p in points], "o", color=f"C{color}", alpha=0.5, label=arm)
-            by_budget = [sorted(p for p in points if p[4] == budget) for budget in sorted({p[4] for p in points})]
-            lines = by_budget if x == 2 else [[min(same, key=lambda p: p[3]) for same in by_budget]]
-            for line in lines:  # one budget over widths, or the best width of each budget: the envelope
-                axis.plot([p[x] for p in line], [p[3] for p in line], "-", color=f"C{color}", alpha=0.7)
-    names = "training FLOPs", "seconds at the best speed seen", "parameters without embedding"
+        points = {}
+        for group, seeds in groups.items():
+            if (group.arm, group.optimizer) == (arm, "adamw"):
+                row = next(iter(seeds.values()))
+                cost = row["flops"], seconds_of(rows, row), row["params"]
+                points.setdefault(group.budget, []).append((mean_loss(seeds), *cost))
+        everyone = [point for same in points.values() for point in same]
+        envelope = [min(same) for same in points.values()]
+        for x, axis in enumerate(axes, 1):
+            axis.plot([p[x] for p in everyone], [p[0] for p in everyone], "o", color=f"C{color}", alpha=0.5, label=arm)
+            for line in points.values() if x == 3 else [envelope]:
+                line = sorted(line, key=lambda p: p[3 if x == 3 else 1])
+                axis.plot([p[x] for p in line], [p[0] for p in line], color=f"C{color}")
+    names = "training FLOPs", "seconds at the best speed", "parameters without embedding"
     for axis, name in zip(axes, names, strict=True):
-        axis.set(xscale="log", xlabel=name, ylabel="loss, nats per token")
+        axis.set(xscale="log", xlabel=name, ylabel="nats per token")
     axes[0].legend(frameon=False, fontsize=8)
 
 
 def draw_differences(args, rows: list[dict], axis) -> None:
-    """Differences paired by seed, with their intervals."""
-    groups, labels = group_rows(args, rows), []
-    for optimizer in SWEPT:
-        for arm, minus in PAIRS:
-            for color, budget in enumerate(sorted(args.budgets)):
-                values = compare(groups, optimizer, arm, minus, args.main, budget)
-                if values:
-                    mean, half = interval(values)
-                    axis.errorbar(mean, len(labels), xerr=half, fmt="o", color=f"C{color}", capsize=3)
-                    labels.append(f"{arm} − {minus}, {optimizer}, {budget:g} ({len(values)})")
+    """Differences of loss, paired by seed, with their 95 % intervals; a single seed has none."""
+    labels = []
+    for arm, minus, optimizer, each in compared(args, group_rows(args, rows)):
+        for color, (budget, values) in enumerate(zip(sorted(args.budgets), each, strict=True)):
+            if values:
+                mean, half = interval(values)
+                axis.errorbar(mean, len(labels), xerr=half, fmt="o", color=f"C{color}", capsize=3)
+                labels.append(f"{arm} − {minus}, {optimizer}, {budget:g} ({len(values)})")
     axis.axvline(0, color="gray", lw=1)
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
     axis.invert_yaxis()
-    axis.set_xlabel("difference of loss, nats per token (seeds); one seed has no interval")
-
-
-def draw_rates(args, rows: list[dict], axis) -> None:
-    """Loss against the learning rate, at the smallest budget."""
-    for optimizer, style in zip(SWEPT, ("o-", "s--"), strict=True):
-        for color, arm in enumerate(HEAD):
-            tried = sorted(sweep(args, rows, arm, optimizer)[0].items())
-            if tried:
-                axis.plot(*zip(*tried, strict=True), style, color=f"C{color}", label=f"{arm}, {optimizer}")
-    axis.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per token")
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_xlabel("nats per token (seeds)")
 
 
 def draw_depths(args, rows: list[dict], axis) -> None:
-    """Loss against FLOPs per token of single models that compute less: bounded depth, thresholds, confidence."""
-    groups = group_rows(args, rows)
+    """Loss of one model when its tokens run less: bounded depth, thresholds, exit by confidence."""
+    largest = {}  # of the largest budget, as groups come by budget
+    for group, seeds in group_rows(args, rows).items():
+        if (group.optimizer, group.width) == ("adamw", args.main):
+            largest[group.arm] = seeds
     for color, arm in enumerate(HEAD):
-        budgets = [key[3] for key in groups if key[:3] == ("adamw", arm, args.main)]
-        row = next(iter(groups["adamw", arm, args.main, max(budgets)].values())) if budgets else {}
-        kinds = dict(
-            depth=[x for x in row.get("scaling", []) if "max_depth" in x], confidence=row.get("confidence", [])
-        )
-        kinds["threshold"] = [x for x in row.get("scaling", []) if "threshold" in x]
-        for (kind, found), style in zip(kinds.items(), ("o-", "s:", "^--"), strict=True):
-            if found:
-                points = sorted((x["flops_per_token"] / 1e6, x["nll"]) for x in found)
-                axis.plot(*zip(*points, strict=True), style, color=f"C{color}", ms=4, label=f"{arm}, {kind}")
-    axis.set(xlabel="forward MFLOPs per token, head included", ylabel="loss, nats per token")
+        row = next(iter(largest[arm].values())) if arm in largest else {}
+        curves = {"confidence": row.get("confidence", [])}
+        for knob in ("max_depth", "threshold"):
+            curves[knob] = [point for point in row.get("scaling", []) if knob in point]
+        for (name, curve), style in zip(curves.items(), ("s:", "o-", "^--"), strict=True):
+            points = sorted((point["flops_per_token"] / 1e6, point["nll"]) for point in curve)
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color=f"C{color}", ms=4, label=f"{arm}, {name}")
+    axis.set(xlabel="forward MFLOPs per token, head included", ylabel="nats per token")
     axis.legend(frameon=False, fontsize=8)
 
 
 def report(args) -> None:
-    """Writes the pictures to assets/, and the tables into the page, between its two markers."""
+    """Writes pictures to assets/, and them and the tables into the page, between its two markers."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = read_rows(args.rows)
+    rows, begin, end = read_rows(args.rows), "<!-- study.py report -->", "<!-- end of study.py report -->"
     if not rows:
         fail(f"{args.rows} has no rows: study.py run makes them")
-    assets = args.page.parent / "assets"
-    assets.mkdir(parents=True, exist_ok=True)
-    page = tabulate(args, rows)
-    pictures = dict(loss=(draw_losses, 3), difference=(draw_differences, 1), rates=(draw_rates, 1))
-    pictures["depth"] = draw_depths, 1
-    for name, (draw, columns) in pictures.items():
-        figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns + 3 * (columns == 1), 4), layout="constrained")
-        draw(args, rows, axes)
-        figure.savefig(assets / f"study_{name}.png", dpi=120)
-        plt.close(figure)
-        page.append(f"![{draw.__doc__ or name}](assets/study_{name}.png)")
-    begin, end = "<!-- study.py report -->", "<!-- end of study.py report -->"
     text = args.page.read_text() if args.page.exists() else f"{begin}\n{end}\n"
     if begin not in text or end not in text:
         fail(f"{args.page} has no lines {begin} and {end}: add them where the tables belong")
+    page, assets = [begin, *write_tables(args, rows)], args.page.parent / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    pictures = (draw_losses, "loss", 3), (draw_differences, "difference", 1), (draw_depths, "depth", 1)
+    for draw, name, columns in pictures:
+        figure, axes = plt.subplots(1, columns, figsize=(4 * columns + 4 // columns, 4), layout="constrained")
+        draw(args, rows, axes)
+        figure.savefig(assets / f"study_{name}.png", dpi=120)
+        plt.close(figure)
+        page.append(f"![{draw.__doc__}](assets/study_{name}.png)")
     before, after = text.split(begin)[0], text.split(end)[1]
-    args.page.write_text(before + "\n".join([begin, *page, end]) + after)
-    print(f"wrote {args.page} and {len(pictures)} pictures in {assets}")
+    args.page.write_text(before + "\n".join([*page, end]) + after)
+    print(f"wrote {args.page} and the pictures in {assets}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -797,9 +826,10 @@ def read_flags(argv: list[str] | None):
         fail(f"--main {args.main} is not among --sizes {','.join(map(str, args.sizes))}: add it")
     if (args.what == "rerun") != (args.key is not None):
         fail("rerun needs the key of a row, and nothing else takes one: study.py rerun KEY")
-    meta = load_meta(args.data)
-    args.vocab_size = meta["vocab_size"]
-    args.meta = {name: meta[name] for name in ("tokenizer", "train_tokens", "val_tokens")}
+    if args.what in ("plan", "run", "rerun"):  # rows alone tell the rest
+        meta = load_meta(args.data)
+        args.vocab_size = meta["vocab_size"]
+        args.meta = {name: meta[name] for name in ("tokenizer", "train_tokens", "val_tokens")}
     return args
 
 
