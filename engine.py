@@ -332,7 +332,7 @@ def assert_windows_lie_inside(cache: KVCache) -> None:
     buffers. Those of late recursions end in the row behind; the scratch row, the last, is only at recursion 1."""
     if len(cache.slots) < 2:
         return
-    row_length = sum(cache.slots)
+    row_length = cache.k[len(cache.k) // 2].size(1)  # of a layer of the block
     for r, start in enumerate(cache.start):
         last_row = cache.batch - 1 if r == 1 else cache.batch - 2
         end = last_row * row_length + start + cache.longest_window

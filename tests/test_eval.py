@@ -144,6 +144,10 @@ def test_report_against_loops(kind, data, tmp_path, capsys):
     pictures |= {"router_scores.png"} if c.router != "none" else set()
     assert {p.name for p in (tmp_path / "run/eval").glob("*.png")} == pictures
     assert json.loads((tmp_path / "run/eval/eval.json").read_text()) == report
+    page = (tmp_path / "run/eval/depth.html").read_text()
+    best = report["causal"]["by_depth"]
+    assert page.count("<span class") == c.block_size and f"{best[0]['share']:.1%}" in page
+    assert f"<b>{best[-1]['nll']:.2f}</b>" in page  # the loss over all tokens, not over the text alone
 
 
 def test_knobs_apply_to_the_whole_report(data, tmp_path, capsys):
@@ -181,6 +185,85 @@ def test_shards_of_llmc_without_meta(tmp_path, capsys, monkeypatch):
     report = evaluate(tmp_path / "run", "--tokens", 96, capsys=capsys)
     assert report["bytes"] == 95  # a token is a byte here, but for end-of-text
     assert report["causal"]["bits_per_byte"] == pytest.approx(report["causal"]["nll"] / math.log(2) * 96 / 95, rel=1e-5)
+
+
+# ---- pages, several models, the paper's protocol
+
+
+def test_a_text_of_ones_own(data, tmp_path, capsys):
+    make_run(data, tmp_path / "run", **KINDS["expert"])
+    text = tmp_path / "a text.txt"
+    text.write_text("\ufeffthe <depth> of " + "the" * 10**6)  # of which the context takes the beginning
+    evaluate(tmp_path / "run", "--tokens", 48, "--text", text, "--html", tmp_path / "p.html", capsys=capsys)
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<span class") == 48 and "&lt;</span>" in page and "\ufeff" not in page
+    assert not (tmp_path / "run/eval/depth.html").exists()
+    assert "cannot be written" in one_line(capsys, tmp_path / "run", "--html", tmp_path / "no/p.html")
+
+
+def test_several_models_side_by_side(data, tmp_path, capsys):
+    names = {"vanilla": {}, "a $dollar$ _name": KINDS["expert"], "none": KINDS["expert"] | dict(causality="none")}
+    models = {name: make_run(data, tmp_path / name, **kind) for name, kind in names.items()}
+    runs = [tmp_path / name for name in names]
+    argv = [str(runs[0]), "--tokens", "96", *map(str, runs[1:]), "--out", str(tmp_path / "out")]
+    evaluation.main(argv)
+    said = capsys.readouterr().out.splitlines()
+    table, found = said[:4], json.loads(said[-1])["runs"]
+    assert json.loads((tmp_path / "out/compare.json").read_text()) == found
+    assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
+    assert len({len(line) for line in table}) == 1 and "tokens/s" not in table[0]
+    rows = prepare.Shards(data, "val").blocks(48, 96)
+    for row, line, (name, model) in zip(found, table[1:], models.items(), strict=True):
+        assert row["run"] == str(tmp_path / name) and row["parameters"] == model.num_params()
+        for routing in ("causal", "topk"):
+            if (routing == "topk") == (name == "vanilla") or (routing == "causal") == (name == "none"):
+                assert row[routing] is None
+                continue
+            m = evaluation.measure(model, rows, routing)
+            assert row[routing] == pytest.approx(m.nll.mean(), abs=1e-5) and f"{row[routing]:.4f}" in line
+    alone = evaluate(runs[1], "--tokens", 96, capsys=capsys)["causal"]
+    for name, value in (("bits_per_byte", 1), ("mean_depth", 1), ("flops_per_token", 1e6)):
+        got = found[1]["mflops" if "flops" in name else name]
+        assert got == pytest.approx(alone[name] / value, rel=1e-4)
+
+
+def test_what_goes_with_one_model_only(data, tmp_path, capsys):
+    make_run(data, tmp_path / "run", **KINDS["expert"])
+    for flag in (["--paper"], ["--tasks", "piqa"], ["--text", "a"], ["--html", "a.html"]):
+        assert f"{flag[0]} goes with one model" in one_line(capsys, tmp_path / "run", tmp_path / "run", *flag)
+    assert "name several" in one_line(capsys, tmp_path / "run", "--speed")
+    assert "checkpoint" in one_line(capsys, tmp_path / "run", tmp_path / "nothing")
+
+
+def test_speed_is_tokens_over_seconds(data, monkeypatch):
+    model = make_model(tiny(vocab_size=260)).eval()
+    seconds = iter([99.0, 2.0, 4.0, 8.0])  # the first call compiles
+
+    def generate(model, prompts, n, decoder):
+        assert (len(prompts), len(prompts[0]), n) == (1, 24, 64)
+        return SimpleNamespace(tokens=[[1] * 16], seconds=next(seconds))
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    assert evaluation.measure_speed(model, [1] * 40, {}) == 4.0
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "expert", "token"])
+def test_the_papers_protocol(kind, data, tmp_path, capsys):
+    """The first sequences in order; in each, tokens 1.. are predicted, and routing sees the whole of it."""
+    model = make_run(data, tmp_path / "run", **KINDS[kind])
+    shards = prepare.Shards(data, "val")
+    found = evaluation.measure_paper(model, shards, {}, sequences=3, length=20)
+    assert ("topk" in found) == (kind == "expert") and found["sequences"] == 3 and found["length"] == 20
+    for routing in set(found) & {"topk", "causal"}:
+        total = 0.0
+        for i in range(3):
+            ids = torch.from_numpy(shards.tokens(20 * i, 20))[None]
+            with torch.no_grad():
+                logits = model(ids, routing=routing).logits
+            total += F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        assert found[routing] == pytest.approx(total / (3 * 19), abs=1e-5)
+    report = evaluate(tmp_path / "run", "--paper", "--tokens", 48, capsys=capsys)
+    assert report["paper"]["length"] == 48 and report["paper"]["sequences"] == min(500, len(shards) // 48)
 
 
 # ---- few-shot tasks
@@ -297,6 +380,62 @@ def test_tasks_with_the_harness_itself(data, tmp_path, capsys):
         right += (b[0] > a[0]) == row["label"]
     assert report["tasks"]["answers"]["acc"] == pytest.approx(right / 12, abs=1e-4)
     assert "unknown task" in one_line(capsys, tmp_path / "run", "--tasks", "answer_s")
+
+    # a task that fails, and one whose data are not there, leave the others' results
+    (tmp_path / "tasks/broken.yaml").write_text(
+        (tmp_path / "tasks/answers.yaml").read_text().replace("answers", "broken").replace("{{goal}}", "{{goal + 1}}")
+    )
+    (tmp_path / "tasks/absent.yaml").write_text(
+        (tmp_path / "tasks/answers.yaml").read_text().replace("answers", "absent").replace(": json", ": nonesuch")
+    )
+    with pytest.raises(SystemExit) as stop:
+        argv = ["--tasks", "broken,answers,absent", "--task-data", str(tmp_path / "tasks")]
+        evaluation.main([str(tmp_path / "run"), *argv])
+    said = capsys.readouterr()
+    found = json.loads(said.out.splitlines()[-1])["tasks"]
+    assert stop.value.code == 2 and found["answers"] == report["tasks"]["answers"]
+    assert set(found["broken"]) == set(found["absent"]) == {"error"}
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and "task broken" in errors[0] and "nonesuch" in errors[1]
+
+
+@pytest.mark.parametrize("gap", ["beyond", "within"])
+def test_tokens_that_the_tokenizer_lacks_are_generated_text_too(gap, data, monkeypatch):
+    """Vocabularies are padded, and tokenizers have gaps: what they lack is a replacement character."""
+    enc = prepare.load_tokenizer(data)
+    model = make_model(tiny(vocab_size=300)).eval()
+    missing = 280 if gap == "beyond" else 100
+    if gap == "within":
+        lacks = enc.decode_single_token_bytes
+
+        def decode(self, token):
+            if token == missing:
+                raise KeyError(token)
+            return lacks(token)
+
+        monkeypatch.setattr("tiktoken.Encoding.decode_single_token_bytes", decode)
+    found = SimpleNamespace(tokens=[[ord("a"), missing, ord("b")]])
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **knobs: found)
+    scorer = evaluation.Scorer(model, enc)
+    assert scorer.generate_until([request("the", dict(max_gen_toks=3))]) == ["a\ufffdb"]
+    assert scorer.generate_until([request("the", dict(max_gen_toks=3, until="\ufffd"))]) == ["a"]
+
+
+def test_names_and_averages_of_tasks(capsys):
+    known = ["lambada_openai", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu_continuation"]
+    assert evaluation.name_tasks("paper", known) == known
+    assert evaluation.name_tasks("mmlu,piqa, arc ,piqa,", known) == [known[6], known[2], *known[4:6]]
+    for wrong in ("", ",", "piqua"):
+        with pytest.raises(SystemExit):
+            evaluation.name_tasks(wrong, known)
+    assert "near it: piqa" in capsys.readouterr().err
+    scores = {name: dict(score=0.1 * (i + 1)) for i, name in enumerate(known)}
+    # ARC counts once: (0.1 + 0.2 + 0.3 + 0.4 + 0.55 + 0.7) / 6
+    assert evaluation.average_tasks(scores) == {"arc": 0.55, "six_task_average": 0.375}
+    del scores["piqa"]
+    assert evaluation.average_tasks(scores) == {"arc": 0.55}
+    scores["arc_easy"] = {"error": "lost"}
+    assert evaluation.average_tasks(scores) == {}
 
 
 # ---- weights in and out

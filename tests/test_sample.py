@@ -2,9 +2,13 @@
 
 import base64
 import gc
+import html
 import io
 import json
+import os
+import pty
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -17,8 +21,8 @@ from conftest import ROOT, make_model, tiny
 from checkpoint import load_run, run_tokenizer, write_state
 from generate import Decoder, Graphs, bucket, generate, sample_token, uniform
 from model import MoR
-from sample import main
-from show import Painter
+from sample import main, whole
+from show import Painter, make_visible, token_bytes
 
 WORDS = [bytes([i]) for i in range(256)] + [b"th", b"he", b" t", b"in"]
 VOCAB, EOT = len(WORDS) + 1, len(WORDS)
@@ -364,6 +368,14 @@ def fails(argv: list[str], message: str, capsys) -> None:
         (["--max-depth", "4"], "max_depth=4"),
         (["--threshold", "0"], "threshold=0"),
         (["--slack", "0"], "slack=0"),
+        (["--slack", "nan"], "slack=nan"),
+        (["--temperature", "1e999"], "temperature=inf"),
+        (["--seed", "1.5"], "--seed"),
+        (["--top-k", "nan"], "--top-k"),
+        (["--html", "/nonesuch/a.html"], "--html"),
+        (["--html", "/"], "is a directory"),
+        (["--samples", "1e9", "--batch", "1e9"], "out of memory"),
+        (["--prompts", "a.jsonl", "--html", "a.html"], "give one of"),
         (["--device", "warp"], "--device warp"),
         (["--heatmap", "/nonesuch/a.png"], "--heatmap"),
         (["--heatmap", "a.doc"], "--heatmap"),
@@ -375,6 +387,48 @@ def fails(argv: list[str], message: str, capsys) -> None:
 def test_bad_flags(run, capsys, flags, message):
     prompt = [] if flags[0].startswith("x") else ["in"]
     fails([str(run), *prompt, *flags], message, capsys)
+
+
+def text_of(argv: list, capsys) -> str:
+    main(["--max-new-tokens", "6", "--no-stop", *map(str, argv)])
+    return capsys.readouterr().out
+
+
+def test_options_and_prompt_in_any_order(run, capsys):
+    usual = text_of([run, "the in", "--temperature", "0", "--seed", "3"], capsys)
+    assert usual.startswith("the in")
+    assert text_of(["--temperature", "0", run, "--seed", "3", "the in"], capsys) == usual
+    assert text_of([run, "--temperature", "0", "--no-compile", "the in", "--seed", "3"], capsys) == usual
+    assert text_of(["--temperature", "0", "--", run, "the in"], capsys) == usual
+    assert text_of(["--temperature", "0", run, "--", "--in"], capsys).startswith("--in")
+
+
+def test_without_a_name_the_demo_is_sampled(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "demo").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    assert text_of([], capsys) == text_of([run], capsys)
+
+
+@pytest.mark.parametrize("small", ["1e-40", "1e-300", "5e-324"])
+def test_a_tiny_temperature_is_greedy(run, capsys, small):
+    assert text_of([run, "the", "--temperature", small], capsys) == text_of([run, "the", "--temperature", 0], capsys)
+
+
+@pytest.mark.parametrize("large", ["1e39", "1e300"])
+def test_a_huge_temperature_is_uniform(run, capsys, large):
+    flags = ["the", "--dtype", "fp32", "--seed", "5"]
+    found = text_of([run, *flags, "--temperature", large], capsys)
+    assert found == text_of([run, *flags, "--temperature", 1e12], capsys) and len(set(found[3:])) > 3
+
+
+def test_numbers_as_people_write_them(run, capsys):
+    usual = text_of([run, "the", "--seed", 1000], capsys)
+    assert text_of([run, "the", "--seed", "1e3"], capsys) == usual
+    assert text_of([run, "the", "--seed", 1000 + 2**80], capsys) == usual
+    assert text_of([run, "the", "--seed", 1000, "--top-k", "1e30", "--slack", "1e308"], capsys) == usual
+    with pytest.raises(ValueError):
+        whole("1e999")
 
 
 def test_bad_files(run, tmp_path, capsys):
@@ -438,6 +492,66 @@ def test_heatmap_is_a_picture(run, tmp_path, capsys):
     assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000
 
 
+def results_of(run, file, capsys, *flags) -> list[dict]:
+    main([str(run), "--prompts", str(file), "--max-new-tokens", "4", "--temperature", "0", *flags])
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+
+
+def test_prompts_keep_what_else_they_have(run, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    records = [dict(id=7, prompt="the", tags=["a", None]), dict(prompt="in", error="an old one", finish=1, score=0.5)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    first, second = results_of(run, file, capsys)
+    assert first["id"] == 7 and first["tags"] == ["a", None] and first["prompt"] == "the"
+    assert list(first)[-3:] == ["completion", "depth", "finish"]
+    assert second["score"] == 0.5 and "error" not in second and second["finish"] in ("stop", "length")
+
+
+@pytest.mark.parametrize("lines", [["\ufeff", ""], ["", "\ufeff"], ["\ufeff", "\ufeff"]])
+def test_byte_order_marks_belong_to_no_prompt(run, tmp_path, capsys, lines):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(mark + '{"prompt": "the"}\r\n' for mark in lines))
+    assert [r["prompt"] for r in results_of(run, file, capsys)] == ["the", "the"]
+    text = tmp_path / "prompt.txt"
+    text.write_text("\ufeffthe")
+    flags = ["--temperature", "0"]
+    assert text_of([run, "--file", text, *flags], capsys) == text_of([run, "the", *flags], capsys)
+
+
+def test_prompts_that_no_model_takes_fail_alone(run, tmp_path, capsys, monkeypatch):
+    class PanicException(BaseException):
+        """What tiktoken raises where its pattern gives up."""
+
+    def encode_ordinary(self, text):
+        if "!" in text:
+            raise PanicException("regex gave up")
+        assert len(text) < 1000  # what cannot fit is not even tried
+        return usual(self, text)
+
+    usual = type(run_tokenizer(run, load_run(run)[2])).encode_ordinary
+    monkeypatch.setattr("tiktoken.Encoding.encode_ordinary", encode_ordinary)
+    prompts = ["x\ud83d", "the", "!", " " * 10**6, "\udc00 in", "in"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(dict(prompt=p, n=i)) + "\n" for i, p in enumerate(prompts)))
+    results = results_of(run, file, capsys)
+    assert [r["n"] for r in results] == [*range(6)]
+    assert ["error" in r for r in results] == [True, False, True, True, True, False]
+    assert "surrogate" in results[0]["error"] and results[0]["prompt"] == "x\ud83d"
+    assert "cannot split" in results[2]["error"] and "at least 500000 tokens" in results[3]["error"]
+    fails([str(run), "!"], "cannot split", capsys)
+    fails([str(run), " " * 10**6], "at least 500000 tokens", capsys)
+
+
+def test_results_are_safe_to_look_at_and_to_split(run, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    nasty = "\x7f\x9b31m\u2028\u2029\x85\u202e"
+    file.write_text(json.dumps(dict(prompt=nasty, id="\x9b")) + "\n")
+    main([str(run), "--prompts", str(file), "--max-new-tokens", "2"])
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and len(line.splitlines()) == 1 and not set(nasty) & set(line) - set("31m")
+    assert json.loads(line)["prompt"] == nasty and json.loads(line)["id"] == "\x9b"
+
+
 def test_prompts_from_a_file_keep_their_order_and_fail_alone(run, tmp_path, capsys):
     texts = ["in the in the", "", "x" * 60, "h\u00e9", "the"]
     file = tmp_path / "prompts.jsonl"
@@ -471,6 +585,116 @@ def test_errors_leave_no_traceback_in_a_real_process(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "sample.py", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+HABITS = {  # what a shell does around the program -> exit status, and words of standard output or error
+    "--file - <&-": (2, "there is no standard input"),
+    "the <&-": (0, "the"),
+    "the >&-": (0, "tokens in"),
+    "the 2>&-": (0, "the"),
+    "the >/dev/full": (2, "No space left on device"),
+    "the | head -c 1": (0, "t"),
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_closed_and_full_streams(run, habit):
+    status, words = HABITS[habit]
+    code = f"exec {sys.executable} {ROOT / 'sample.py'} {run} --max-new-tokens 4 {habit}"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", code.replace("exec ", "")], capture_output=True, text=True)
+    assert done.returncode == status and words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("locale", [dict(LC_ALL="C"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")])
+def test_text_is_utf8_in_any_locale(run, locale):
+    argv = [sys.executable, ROOT / "sample.py", run, "h\u00e9 \u20ac", "--max-new-tokens", "3"]
+    done = subprocess.run(argv, capture_output=True, env=os.environ | locale)
+    assert done.returncode == 0 and done.stdout.decode("utf-8", "replace").startswith("h\u00e9 \u20ac")
+
+
+def test_a_terminal_is_asked_for_lines(run):
+    """A line is continued in colour, a bad one is refused alone, Ctrl-D ends; one decoder serves all of them."""
+    main_end, end = pty.openpty()
+    argv = [sys.executable, ROOT / "sample.py", run, "--max-new-tokens", "3", "--temperature", "0"]
+    process = subprocess.Popen(argv, stdin=end, stdout=end, stderr=end, env=os.environ | dict(TERM="dumb"))
+    os.close(end)
+    said = b""
+
+    def read_until(words: bytes) -> None:
+        nonlocal said
+        while words not in said:
+            said += os.read(main_end, 1000)
+
+    read_until(b"> ")
+    for line, answer in (
+        (b"the in", b"\x1b[30;48;5;"),
+        (b"x" * 200, b"error:"),
+        (b"in", b"\x1b[30;48;5;"),
+        (b"", b"|>"),
+    ):
+        said = b""
+        os.write(main_end, line + b"\n")
+        read_until(answer)
+        read_until(b"\n> ")
+    os.write(main_end, b"\x04")
+    assert process.wait(timeout=60) == 0
+    os.close(main_end)
+
+
+# ---- pages, and models that are no runs
+
+
+def export(run: Path, target: Path) -> None:
+    import checkpoint
+
+    checkpoint.export(str(run), target)
+
+
+def test_a_page_of_the_samples(run, tmp_path, capsys):
+    file = tmp_path / "page.html"
+    main([str(run), "the <in>", "--samples", "3", "--batch", "2", "--max-new-tokens", "7", "--html", str(file)])
+    out, page = capsys.readouterr().out, file.read_text()
+    model, _, checkpoint = load_run(run)
+    ids = run_tokenizer(run, checkpoint).encode_ordinary("the <in>")
+    assert page.count('<div class="text') == 3 and page.count(' given">') == 3 * len(ids)
+    texts = [re.sub("<[^>]*>", "", text) for text in re.findall('<div class="text[^>]*>(.*?)</div>', page, re.S)]
+    first = html.unescape(texts[0])
+    assert first.startswith("the <in>") and make_visible(out.split("\n" + "-" * 16)[0]) == first
+    depth = [int(d) for d in re.findall(r'<span class="d(\d)', page)]
+    assert depth[: len(ids)] == model(torch.tensor([ids]), routing="causal").depth[0].tolist()
+
+
+def test_exports_and_directories_of_weights(run, tmp_path, capsys):
+    export(run, tmp_path / "weights")
+    capsys.readouterr()
+    flags = ["the in", "--temperature", "0"]
+    usual = text_of([run, *flags], capsys)
+    assert text_of([tmp_path / "weights", *flags], capsys) == usual
+    (tmp_path / "weights" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    fails([str(tmp_path / "weights"), "in"], "--tokenizer", capsys)
+    assert text_of([tmp_path / "weights", *flags, "--tokenizer", run / "data" / "tiny.tiktoken"], capsys) == usual
+    (tmp_path / "weights" / "config.json").write_text("{")
+    fails([str(tmp_path / "weights"), "in"], "config.json", capsys)
+
+
+def test_a_llama_of_transformers(run, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB + 3, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=48, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "llama")
+    export(run, tmp_path / "weights")
+    (tmp_path / "llama" / "tokenizer.json").write_bytes((tmp_path / "weights" / "tokenizer.json").read_bytes())
+    capsys.readouterr()
+    enc = run_tokenizer(run, load_run(run)[2])
+    ids = enc.encode_ordinary("the in")
+    new = theirs.generate(torch.tensor([ids]), max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, len(ids) :]
+    text = b"".join(token_bytes(enc, t) for t in new.tolist()).decode("utf-8", "replace")
+    assert text_of([tmp_path / "llama", "the in", "--temperature", "0"], capsys) == f"the in{text}\n"
 
 
 # ---- painting
