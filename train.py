@@ -3,8 +3,9 @@
     python train.py --data data/python --out out/demo                  # a laptop: nano MoR, three recursions, minutes
     python train.py --preset 360M --data data/fineweb --out out/mor3   # one GPU
     torchrun --standalone --nproc_per_node=8 train.py --preset 360M    # one node; --parallel fsdp shards the weights
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                                  # two nodes: the same lines on each
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                        # two nodes: the same lines on each
     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py
+    python train.py --recipes                                          # the rows of the paper, for --recipe NAME
 
 Baselines are the same program: `--router none` is the recursive model, `--router none --n-recursion 1` the vanilla one.
 Every field of TrainConfig and of model.py's MoRConfig is a flag (--help).
@@ -12,10 +13,11 @@ Every field of TrainConfig and of model.py's MoRConfig is a flag (--help).
 Stopping and resuming: after Ctrl-C, SIGTERM or kill -9, the same command continues from the newest good checkpoint in
 --out, on any number of processes, with the same batches in the same order; in a single process on a CPU the losses are
 the same to the bit. With several nodes, --out must be on a file system that they share: after a restart another node
-may be the one that reads and writes. Several budgets from one plateau (paper Section 3.3):
+may be the one that reads and writes. Several budgets from one plateau (paper Appendix D), in one command, or by hand:
 
-    python train.py --out out/plateau --steps 10000 --warmup 200 --cooldown 0
-    python train.py --out out/budget4k --cooldown-from out/plateau/ckpt_004000.pt --steps 1000
+    python train.py --out out/scaling --budgets 400,800,1600    # steps, or FLOPs: 2e18,5e18,16.5e18
+    python train.py --out out/plateau --steps 1280 --warmup 20 --cooldown 0 --keep-at 320,640
+    python train.py --out out/cool400 --cooldown-from out/plateau/ckpt_000320.pt --steps 80
 
 Uptraining: --init-from takes weights, and the model with them; model flags change it. Optimizer, schedule and data
 start afresh. From a Hugging Face Llama in the directory SmolLM-360M:
@@ -27,6 +29,7 @@ Shapes: B sequences, T time, N recursions, E evaluation blocks. A step is a glob
 into micro-batches of at most `micro_batch` sequences; which sequences it holds does not depend on the processes.
 """
 
+import fcntl
 import inspect
 import json
 import math
@@ -35,10 +38,12 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
+import sysconfig
 import time
 import warnings
-from argparse import SUPPRESS, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -65,16 +70,40 @@ from checkpoint import (
     written_at_once,
 )
 from cli import Parser, fail, flag
+from config import CHOICES as MODEL_CHOICES
+from config import PRESETS, MoRConfig
 from eval import Measured, fractions, measure, rounded, router_metrics
-from model import CHOICES as MODEL_CHOICES
-from model import PRESETS, MoR, MoRConfig, Output
+from model import MoR, Output
 from prepare import Shards, check_tokenizer, load_meta, load_tokenizer, tokenizer_file
 
 MODEL_DEFAULTS = dict(router="expert", n_recursion=3)  # what "a MoR" means when no flag says otherwise
 TERMS = ("lm", "aux", "balance", "z")  # of Output.losses
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# What a size is trained with unless flags say otherwise: the paper's 1024 sequences of 2048 tokens, 20B tokens in all.
+PAPER = dict(batch_tokens=2**21, steps=9438)
+SIZES = dict.fromkeys(PRESETS, PAPER) | {"nano": dict(batch_tokens=2048, steps=800)}
+UPTRAINING = dict(batch_tokens=2**17, steps=800)
+
+# Rows of the paper's Table 3 at 360M, from the released configurations; name -> (steps, warm-up, cool-down, validation
+# loss there, model). The ablations (Tables 4, 8, 10 to 16) have a cosine over 10B tokens, and flags for what they vary.
+RECIPES = {
+    "vanilla": (9438, 57, 1888, 2.7824, dict(router="none", n_recursion=1)),
+    "recursive-2": (9438, 57, 1888, 2.8079, dict(router="none", n_recursion=2)),
+    "recursive-3": (9438, 57, 1888, 2.8466, dict(router="none", n_recursion=3)),
+    "recursive-4": (8883, 57, 1777, 2.8781, dict(router="none", n_recursion=4)),
+    "mor-2": (12619, 86, 2524, 2.7511, dict(router="expert", n_recursion=2)),
+    "mor-3": (14161, 86, 2832, 2.7925, dict(router="expert", n_recursion=3)),
+    "mor-4": (14216, 86, 2843, 2.8204, dict(router="expert", n_recursion=4)),
+    "mor-3-share": (14672, 86, 2934, 2.7983, dict(router="expert", n_recursion=3, kv="share")),
+    "mor-3-token": (14161, 86, 2832, 2.9163, dict(router="token", n_recursion=3, z_coef=1e-5, capacity_slack=3.0)),
+    "ablation": (4768, 238, 0, None, dict(router="expert", n_recursion=3)),
+}
+RECIPE_VOCABULARY = 49152  # SmolLM's tokenizer, which all of them have
+
 CHOICES = {
     "preset": tuple(PRESETS),
+    "recipe": tuple(RECIPES),
     "init": ("stepwise", "average", "lower", "upper", "reference"),
     "optimizer": ("adamw", "muon"),
     "schedule": ("trapezoid", "cosine"),
@@ -92,19 +121,24 @@ class TrainConfig:
     data: str = "data/python"  # directory that prepare.py wrote
     out: str = "out/demo"  # run directory: config.json, metrics.jsonl, checkpoints, loss.png
     preset: str = "nano"  # model size
-    init_from: str = ""  # instead of --preset: a Hugging Face Llama, an export of eval.py, a run, or a checkpoint
+    recipe: str = (
+        ""  # a row of the paper with all its settings, of which other flags change single ones (see --recipes)
+    )
+    init_from: str = ""  # instead of --preset: a Hugging Face Llama, the authors' directory, a run, or a checkpoint
     init: str = "stepwise"  # how a Llama's layers become the shared block (model.py, MoR.from_pretrained)
-    steps: int = 800  # optimizer steps; with --cooldown-from, the steps of the cool-down
-    batch_tokens: int = 2048  # tokens per step over all processes
+    steps: int = 0  # optimizer steps, or those of the cool-down with --cooldown-from; 0: 800 at nano, 9438 above it
+    batch_tokens: int = 0  # tokens per step over all processes; 0: 2048 at nano, 2097152 above, 131072 with --init-from
     micro_batch: int = 32  # at most this many sequences per forward pass of a process; the rest is accumulated
     optimizer: str = "adamw"  # adamw, or muon for the matrices of the layers with adamw for all else
     lr: float = 3e-3  # peak learning rate
     schedule: str = "trapezoid"  # trapezoid (warm-up, plateau, linear cool-down to 0) or cosine (to a tenth)
     warmup: float = 0.05  # linear warm-up: a fraction of the steps, or a number of steps if 1 or more
     cooldown: float = 0.2  # trapezoid's cool-down: the same; both are saved as numbers of steps
+    aux_lr_factor: float = 1.0  # learning rate of the auxiliary router, relative to --lr (released code: 10)
     weight_decay: float = 0.1  # on matrices only
     clip: float = 1.0  # largest norm of the gradient
     capacity_warmup: int = 0  # steps in which capacities fall from 1 to their values on a half cosine
+    balance_rate: float = 1e-3  # how far a step moves the bias of --balance bias
     doc_mask: bool = False  # attention never crosses a document border (end-of-text opens the next document)
     seed: int = 0  # of the initial weights and of the order of the data
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -117,11 +151,15 @@ class TrainConfig:
     eval_tokens: int = 65536  # tokens of the fixed validation blocks
     save_every: int = 0  # steps between checkpoints; 0: at every evaluation
     keep: int = 2  # newest checkpoints to keep; the best one is kept besides
+    keep_at: tuple = ()  # also save these steps, and keep them: 320,640
+    budgets: tuple = ()  # one plateau, and from it a cool-down to each of these: steps, or FLOPs as the paper counts
     resume: str = "auto"  # auto: from the newest good checkpoint in --out; or a checkpoint file
     cooldown_from: str = ""  # checkpoint on the plateau of another run, to cool down from in --steps steps
     max_skipped: int = 10  # stop after this many non-finite updates in a row (each is skipped)
     tensorboard: bool = False  # also write TensorBoard events to --out
-    wandb: bool = False  # also log to Weights & Biases
+    wandb: bool = False  # also log to Weights & Biases; its own WANDB_* variables count
+    wandb_project: str = ""  # the project there, instead of WANDB_PROJECT or nanomor
+    dry_run: bool = False  # check everything, say what would be trained, and stop
 
     def problems(self) -> list[str]:
         counts = "steps batch_tokens micro_batch log_every eval_every eval_tokens keep max_skipped".split()
@@ -129,48 +167,136 @@ class TrainConfig:
         least = dict.fromkeys(counts, 1) | dict.fromkeys(others, 0)
         values = vars(self)
         bad = [f"{flag(k)} {values[k]} must be at least {n}" for k, n in least.items() if not n <= values[k] < math.inf]
-        positive = [k for k in ("lr", "clip") if not 0 < values[k] < math.inf]
-        return bad + [f"{flag(k)} {values[k]} must be a finite number > 0" for k in positive]
+        positive = [k for k in ("lr", "clip", "aux_lr_factor", "balance_rate") if not 0 < values[k] < math.inf]
+        bad += [f"{flag(k)} {values[k]} must be a finite number > 0" for k in positive]
+        if self.seed >= 2**63:
+            bad.append(f"--seed {self.seed} must be below 2**63: generators take 64 bits")
+        for name in ("keep_at", "budgets"):
+            if any(x < 1 or x == math.inf or x != x for x in values[name]):
+                bad.append(f"{flag(name)} {','.join(map(str, values[name]))} must be positive numbers")
+        return bad
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(x) for x in text.split(","))
+def parse_count(text: str) -> int:
+    """Returns a whole number, however it is written: 800, 8e2, 1_000."""
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        if float(text).is_integer():
+            return int(float(text))
+    raise ArgumentTypeError(f"{text!r} must be a whole number")
 
 
-def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict]:
-    """Flags generated from the fields of both dataclasses -> (TrainConfig, the MoRConfig fields that were given)."""
+def parse_numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(x) for x in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} must be numbers with commas between them") from None
+
+
+def parse_dtype(text: str) -> str:
+    if text in ("fp16", "float16", "half"):
+        raise ArgumentTypeError("fp16 loses gradients below 6e-8, and this loop scales no losses: use bf16")
+    return text
+
+
+KINDS = dict(tuple=parse_numbers, float=float, int=parse_count, str=str)  # by the first of these in an annotation
+
+
+def make_parser() -> Parser:
+    """Returns a parser whose flags are the fields of TrainConfig and MoRConfig."""
     layout = dict(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser = Parser(**layout, argument_default=SUPPRESS, allow_abbrev=False)
-    kinds = dict(tuple=numbers, float=float, int=int, str=str)  # by the first of these names in the annotation
+    parser.add_argument("--recipes", action="store_true", help="list the recipes and stop")
     for cls, title in ((TrainConfig, "training"), (MoRConfig, "model (default: what --preset or --init-from says)")):
         group = parser.add_argument_group(title)
         helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
         for f in fields(cls):
+            kind = next((kind for name, kind in KINDS.items() if name in str(f.type)), str)
+            how = dict(type=kind, metavar="X")
             if f.type is bool:
                 how = dict(action=BooleanOptionalAction)
             elif f.name in CHOICES:
-                how = dict(choices=[choice for choice in CHOICES[f.name] if choice is not None])
-            else:
-                how = dict(type=next(kind for name, kind in kinds.items() if name in str(f.type)), metavar="X")
+                known = [choice for choice in CHOICES[f.name] if choice is not None]
+                how = dict(choices=known, type=parse_dtype if f.name == "dtype" else str)
             text = helps.get(f.name, "").replace("%", "%%")
             if cls is TrainConfig or f.name in MODEL_DEFAULTS:
                 text += f" (default: {MODEL_DEFAULTS.get(f.name, f.default)!s})"
             group.add_argument(flag(f.name), help=text, **how)
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict]:
+    """Returns (TrainConfig, the fields of MoRConfig that a recipe or a flag gives). Ends the program over mistakes."""
+    given = vars(make_parser().parse_args(argv))
+    if given.pop("recipes", False):
+        print(list_recipes())
+        sys.exit(0)
+    problems = []
+    if given.get("init_from") and {"preset", "recipe"} & given.keys():
+        problems.append("--init-from has a size of its own: leave --preset out, and --recipe")
+    if given.get("recipe"):
+        given = recipe_settings(given["recipe"]) | given
     cfg = TrainConfig(**{f.name: given[f.name] for f in fields(TrainConfig) if f.name in given})
-    problems = cfg.problems()
-    if not problems:
-        cfg.warmup, cfg.cooldown = (round(x if x >= 1 else x * cfg.steps) for x in (cfg.warmup, cfg.cooldown))
-    if cfg.schedule == "trapezoid" and not cfg.cooldown_from and cfg.warmup + cfg.cooldown > cfg.steps:
+    size = UPTRAINING if cfg.init_from else SIZES[cfg.preset]
+    if "steps" not in given:
+        cfg.steps = size["steps"]
+    if "batch_tokens" not in given:
+        cfg.batch_tokens = size["batch_tokens"]
+    cfg.keep_at = tuple(round(x) for x in cfg.keep_at if x == x and x < math.inf) or cfg.keep_at
+    problems += cfg.problems()
+
+    # fractions of the steps become steps
+    if not problems and not cfg.budgets:
+        cfg.warmup = round(cfg.warmup if cfg.warmup >= 1 else cfg.warmup * cfg.steps)
+        cfg.cooldown = round(cfg.cooldown if cfg.cooldown >= 1 else cfg.cooldown * cfg.steps)
+    trapezoid = cfg.schedule == "trapezoid" and not cfg.cooldown_from and not cfg.budgets
+    if trapezoid and cfg.warmup + cfg.cooldown > cfg.steps:
         what = f"a warm-up of {cfg.warmup} and a cool-down of {cfg.cooldown} steps"
         problems.append(f"{what} do not fit into --steps {cfg.steps}")
-    if cfg.init_from and "preset" in given:
-        problems.append("--init-from has a size of its own: leave --preset out")
-    missing = [name for name in ("tensorboard", "wandb") if getattr(cfg, name) and find_spec(name) is None]
-    problems += [f"--{name} needs that package: pip install {name}" for name in missing]
+    if cfg.budgets and (cfg.schedule != "trapezoid" or cfg.cooldown_from or not 0 < cfg.cooldown < 1):
+        problems.append("--budgets needs --schedule trapezoid, a --cooldown below 1, and no --cooldown-from")
+    packages = [name for name in ("tensorboard", "wandb") if getattr(cfg, name) and not is_installed(name)]
+    problems += [f"--{name} needs that package: pip install {name}" for name in packages]
     if problems:
         fail("; ".join(problems))
     return cfg, {f.name: given[f.name] for f in fields(MoRConfig) if f.name in given}
+
+
+def is_installed(name: str) -> bool:
+    """Whether it is a package, and not just a folder of that name: wandb itself makes one where it runs."""
+    spec = find_spec(name)
+    return spec is not None and getattr(spec, "origin", "") is not None
+
+
+def recipe_settings(name: str) -> dict:
+    steps, warmup, cooldown, _, model = RECIPES[name]
+    schedule = "cosine" if cooldown == 0 else "trapezoid"
+    training = dict(preset="360M", steps=steps, warmup=float(warmup), cooldown=float(cooldown), schedule=schedule)
+    return training | dict(batch_tokens=PAPER["batch_tokens"], lr=3e-3) | model
+
+
+def list_recipes() -> str:
+    """Returns a table of the recipes. EFLOPs are counted as the paper does: forward, without head."""
+    head = f"{'recipe':12} {'steps':>6} {'warm-up':>7} {'cool-down':>9} {'tokens':>7} {'layers':>6} {'params':>7}"
+    lines = [f"{head} {'EFLOPs':>7} {'loss':>7}"]
+    for name, (steps, warmup, cooldown, loss, overrides) in RECIPES.items():
+        config = MoRConfig.preset("360M", **overrides)
+        with torch.device("meta"):
+            model = MoR(config)
+        tokens = steps * PAPER["batch_tokens"]
+        flops = tokens * model.flops_per_token(config.block_size, convention="paper")
+        layers, params = config.n_layer, model.num_params() / 1e6
+        row = f"{name:12} {steps:6} {warmup:7} {cooldown:9} {tokens / 1e9:6.1f}B {layers:6} {params:6.0f}M"
+        lines.append(f"{row} {flops / 1e18:7.2f} {loss or '':7}")
+    lines.append("")
+    lines.append(
+        "360M, 1024 sequences of 2048 tokens a step, lr 3e-3, SmolLM's tokenizer. tokens: of FineWeb-Edu; params"
+    )
+    lines.append(
+        "without embedding; loss: the paper's, in nats a token, by top-k routing. ablation: cosine to a tenth."
+    )
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,8 +313,10 @@ class World:
     local_rank: int = 0
 
     def say(self, text: str) -> None:
+        """Prints a line, unless its terminal is gone: that is no reason to lose a run."""
         if self.rank == 0:
-            print(text, flush=True)
+            with suppress(OSError):
+                print(show_plainly(text), flush=True)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over processes, in place."""
@@ -215,9 +343,31 @@ class World:
         return box[0]
 
 
+def show_plainly(text: str) -> str:
+    """Returns text without what a terminal would obey or could not encode: names of files may hold anything."""
+    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def read_ranks() -> tuple[int, int, int] | None:
+    """Returns (rank, number of processes, rank on this node) as torchrun says; None without it. A WORLD_SIZE alone,
+    which schedulers and shells leave behind, does not make a process one of many."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name) for name in names]
+    if None in values:
+        return None
+    if not all(value.isdigit() for value in values):
+        said = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        fail(f"{said} in the environment are not what torchrun sets: unset them, or start with torchrun")
+    rank, size, local = map(int, values)
+    return rank, size, local
+
+
 def join_world(cfg: TrainConfig) -> World:
-    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    torchrun = "WORLD_SIZE" in os.environ
+    ranks = read_ranks()
+    torchrun = ranks is not None
+    rank, size, local = ranks or (0, 1, 0)
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available() and not torchrun, cpu=True)
     name = next(n for n in has if has[n]) if cfg.device == "auto" else cfg.device
     if not has[name]:
@@ -229,7 +379,7 @@ def join_world(cfg: TrainConfig) -> World:
     if name == "cuda":
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
-    if torchrun:
+    if torchrun and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         dist.init_process_group(backend, store=meeting_place(), rank=rank, world_size=size)
     return World(torch.device(name, local) if name == "cuda" else torch.device(name), rank, size, local)
@@ -288,8 +438,8 @@ def to_device(rows: np.ndarray, eot: int | None, device: torch.device) -> tuple[
 
 
 def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig, dict[str, Tensor] | None]:
-    """What --preset or --init-from and the model flags describe -> (its configuration, weights if it comes with any).
-    Every process reads --init-from: a mistake ends them all, and file and seed make the same weights in each."""
+    """Returns (the configuration that --preset or --init-from and the model flags describe, weights if it comes with
+    any). Every process reads --init-from: a mistake ends them all, and file and seed make the same weights in each."""
     path, model, remedy = Path(cfg.init_from), None, "leave --vocab-size out"
     try:
         if not cfg.init_from:
@@ -301,6 +451,10 @@ def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig,
             config, remedy = replace(model.config, **given), "prepare the data with the tokenizer of the weights"
     except ValueError as e:
         fail(str(e)[:400])
+    if cfg.capacity_warmup and config.router != "expert":
+        fail(f"--capacity-warmup {cfg.capacity_warmup} needs --router expert, not {config.router}: leave it out")
+    if cfg.aux_lr_factor != 1 and config.causality != "aux_router":
+        fail(f"--aux-lr-factor {cfg.aux_lr_factor} needs --causality aux_router, not {config.causality}: leave it out")
     if config.vocab_size < meta["vocab_size"]:
         fail(f"a vocabulary of {config.vocab_size} is below the {meta['vocab_size']} of {cfg.data}: {remedy}")
     if model is None:
@@ -320,17 +474,43 @@ def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig,
 def open_data(cfg: TrainConfig, meta: dict, config: MoRConfig) -> tuple[Shards, Shards]:
     """Training and validation tokens, enough of them for the batch and the model."""
     train, val, T = Shards(cfg.data, "train"), Shards(cfg.data, "val"), config.block_size
-    sequences, processes = cfg.batch_tokens // T, int(os.environ.get("WORLD_SIZE", 1))
+    sequences = cfg.batch_tokens // T
+    _, processes, _ = read_ranks() or (0, 1, 0)
     if cfg.batch_tokens % T:
         near = max(1, round(cfg.batch_tokens / T)) * T
         fail(f"--batch-tokens {cfg.batch_tokens} must be a multiple of the block size {T}: use {near}")
     if sequences % processes:
-        fail(f"--batch-tokens {cfg.batch_tokens}: {processes} processes cannot share its {sequences} sequences equally")
+        what = f"{processes} processes cannot share its {sequences} sequences equally"
+        fail(f"--batch-tokens {cfg.batch_tokens}: {what}: use {-(-sequences // processes) * processes * T}")
     if (len(train) - 1) // T < sequences:
         fail(f"{cfg.data} has {len(train)} training tokens, less than one batch: lower --batch-tokens")
     if len(val) <= T:
         fail(f"{cfg.data} has {len(val)} validation tokens, not one block of {T}: prepare with a larger --val-fraction")
     return train, val
+
+
+def warn_of_plan(cfg: TrainConfig, meta: dict) -> list[str]:
+    """Returns what is legal and most likely not meant, in words."""
+    found, usual = [], SIZES[cfg.preset]["batch_tokens"]
+    if not cfg.init_from and cfg.batch_tokens * 16 < usual:
+        what = f"--batch-tokens {cfg.batch_tokens} is far below the {usual} that {cfg.preset} is trained with"
+        found.append(f"{what}: leave it out (what does not fit at once is accumulated), or lower --lr {cfg.lr:g}")
+    if cfg.recipe and meta["vocab_size"] != RECIPE_VOCABULARY:
+        what = f"tokenizer {meta['tokenizer']} with {meta['vocab_size']} tokens"
+        found.append(
+            f"--recipe {cfg.recipe} has SmolLM's tokenizer of {RECIPE_VOCABULARY} tokens, {cfg.data} has {what}:"
+            " losses will not compare with the paper's; prepare with --tokenizer and SmolLM's directory"
+        )
+    return found
+
+
+def check_compiler() -> None:
+    """Ends the program if torch.compile would find no C++ compiler, or no header of Python, to build with."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if not any(shutil.which(name) for name in names):
+        fail(f"--compile needs a C++ compiler ({' or '.join(names)}): apt-get install g++, or use --no-compile")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        fail("--compile needs Python's header Python.h: apt-get install python3-dev, or use --no-compile")
 
 
 def check_ids(cfg: TrainConfig, shards: tuple[Shards, ...], vocab_size: int, world: World) -> None:
@@ -360,8 +540,7 @@ def bigram_nll(train: Shards, rows: np.ndarray, vocab_size: int, most: int = 1 <
 # a step: schedules, which are functions of it outside the compiled model; devices; the update
 
 
-def rate(cfg: TrainConfig, step: int) -> float:
-    """Learning rate."""
+def learning_rate(cfg: TrainConfig, step: int) -> float:
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if cfg.schedule == "cosine":
@@ -370,16 +549,16 @@ def rate(cfg: TrainConfig, step: int) -> float:
     return cfg.lr * min(1.0, (cfg.steps - step) / max(1, cfg.cooldown))
 
 
-def capacity(cfg: TrainConfig, step: int, config: MoRConfig, device: torch.device) -> Tensor | None:
-    """Capacities [N] of this step while they warm up; None, and the graph with fixed slots, from then on."""
+def warm_capacities(cfg: TrainConfig, step: int, config: MoRConfig, device: torch.device) -> Tensor | None:
+    """Returns the capacities [N] of a step while they warm up; None, and the graph with fixed slots, from then on."""
     if step >= cfg.capacity_warmup:
         return None
     extra = 0.5 + 0.5 * math.cos(math.pi * step / cfg.capacity_warmup)
     return torch.tensor([c + (1 - c) * extra for c in config.capacities], device=device)
 
 
-def cooled(plateau: dict, step: int, steps: int) -> dict:
-    """The schedule (fields of SCHEDULE) that leaves this one at `step` for a cool-down of `steps` steps."""
+def cool_down(plateau: dict, step: int, steps: int) -> dict:
+    """Returns the schedule (fields of SCHEDULE) that leaves this one at `step` for a cool-down of `steps` steps."""
     before = plateau["steps"] - plateau["cooldown"]
     if plateau["schedule"] != "trapezoid" or not plateau["warmup"] <= step <= before:
         what = "a {schedule} of {steps} steps, {warmup} of warm-up, {cooldown} of cool-down".format(**plateau)
@@ -514,11 +693,20 @@ def shard_like(p: Tensor, whole: Tensor) -> Tensor:
 def make_optimizer(model: MoR, cfg: TrainConfig) -> torch.optim.AdamW:
     """Returns AdamW, or Muon for the matrices of the layers with AdamW for all else. Only matrices decay."""
     stacks = ("first.", "block.", "last.") if cfg.optimizer == "muon" else ()
-    layers, matrices, vectors = [], [], []
+    faster = "aux_routers." if cfg.aux_lr_factor != 1 else ()
+    layers, matrices, vectors, routers = [], [], [], []
     for name, p in model.named_parameters():
-        group = vectors if p.dim() < 2 else layers if name.startswith(stacks) else matrices
-        group.append(p)
+        if p.dim() < 2:
+            vectors.append(p)
+        elif name.startswith(stacks):
+            layers.append(p)
+        elif name.startswith(faster):
+            routers.append(p)
+        else:
+            matrices.append(p)
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    if routers:
+        groups.append(dict(params=routers, weight_decay=cfg.weight_decay, lr_factor=cfg.aux_lr_factor))
     adam = dict(lr=cfg.lr, betas=(0.9, 0.95))
     if cfg.optimizer == "muon":
         return Muon(layers, groups, DTYPES[cfg.dtype], weight_decay=cfg.weight_decay, **adam)
@@ -545,6 +733,7 @@ class Run:
     progress: dict = field(default_factory=PROGRESS.copy)
     sinks: list = field(default_factory=list)  # of the chief, besides metrics.jsonl: (log(numbers, step), close())
     loading: float = 0.0  # seconds that this process spent on reading batches since the last log line
+    warned: bool = False  # of dropped tokens
 
     @property
     def out(self) -> Path:
@@ -577,7 +766,8 @@ class Run:
 
 
 def train_step(run: Run) -> Tensor:
-    """One optimizer step -> this process's part of [loss, lm, aux, balance, z, depth] and the norm, on the device.
+    """Takes one optimizer step -> this process's part of [loss, lm, aux, balance, z, depth, dropped] and the norm, on
+    the device. dropped: how often a token found no slot at a depth that it chose, per token.
 
     Nothing here waits for the device: an update that is not finite is skipped through the optimizer's found_inf, as
     loss scaling does, counted in run.bad, and looked at when a step is logged."""
@@ -585,8 +775,9 @@ def train_step(run: Run) -> Tensor:
     batches = run.micro_batches()
     valid = [(targets != -100).sum() for _, targets, _ in batches]
     total = world.sum(torch.stack(valid).sum())
-    capacities = capacity(cfg, step, run.config, world.device)
-    stats = torch.zeros(2 + len(TERMS), device=world.device)
+    capacities = warm_capacities(cfg, step, run.config, world.device)
+    balancing = run.config.router == "token" and run.config.balance == "bias"
+    stats = torch.zeros(3 + len(TERMS), device=world.device)
     depths = torch.arange(1, run.config.n_recursion + 1, device=world.device)
     counts = torch.zeros(len(depths), device=world.device)
     for i, batch in enumerate(batches):
@@ -595,8 +786,10 @@ def train_step(run: Run) -> Tensor:
         share = valid[i] / total  # of the global batch: losses add up to the mean over all its valid tokens
         (out.loss * (share * world.size)).backward()  # times size, as DDP and FSDP average over processes
         terms = [out.losses.get(name, stats.new_zeros(())) for name in TERMS]
-        stats += torch.stack([out.loss.detach(), *terms, out.depth.float().mean()]) * share
-        counts += (out.depth[..., None] == depths).sum((0, 1))
+        dropped = out.dropped / out.depth.numel()
+        stats += torch.stack([out.loss.detach(), *terms, out.depth.float().mean(), dropped]) * share
+        if balancing:  # by what tokens chose: what a full depth turned away was chosen nevertheless
+            counts += (out.choice[..., None] == depths).sum((0, 1))
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     skip = (~norm.isfinite()).float()
@@ -604,11 +797,11 @@ def train_step(run: Run) -> Tensor:
     run.bad[1:] += torch.cat([skip[None], (~stats[1 : 1 + len(TERMS)].isfinite()).float()])
     run.optimizer.found_inf = skip
     for group in run.optimizer.param_groups:
-        group["lr"] = rate(cfg, step)
+        group["lr"] = learning_rate(cfg, step) * group.get("lr_factor", 1)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.config.router == "token" and run.config.balance == "bias":
-        run.model.update_balance_bias(world.sum(counts))
+    if balancing:
+        run.model.update_balance_bias(world.sum(counts), cfg.balance_rate)
     run.progress["step"] += 1
     run.progress["sequences"] += cfg.batch_tokens // run.config.block_size
     return torch.cat([stats, norm[None]])
@@ -616,7 +809,8 @@ def train_step(run: Run) -> Tensor:
 
 def warm_up(run: Run) -> None:
     """Compiles before the first step, so that a recompile after it is a bug, and raises."""
-    batch, first = run.micro_batches()[0], capacity(run.cfg, run.progress["step"], run.config, run.world.device)
+    batch = run.micro_batches()[0]
+    first = warm_capacities(run.cfg, run.progress["step"], run.config, run.world.device)
     sync_gradients(run.wrapped, last=True)
     for name, capacities in (("capacity warm-up", first), ("training", None)):
         if name == "training" or capacities is not None:
@@ -703,7 +897,7 @@ def write_checkpoint(run: Run, state: dict) -> None:
             write_state(f, state)
         # A file of a later step is one that the run could not continue from: it must not displace a good one.
         for path in [p for p in checkpoints(run.out) if step_of(p) <= step][: -run.cfg.keep]:
-            if step_of(path) != state["best_step"]:
+            if step_of(path) not in (state["best_step"], *run.cfg.keep_at):
                 path.unlink()
     except (OSError, RuntimeError) as e:
         fail(f"cannot save the checkpoint of step {step} in {run.out}: {e}; earlier checkpoints are intact")
@@ -777,10 +971,11 @@ def check_same_run(run: Run, path: Path, saved: dict) -> tuple[list[str], dict]:
     schedule = {}
     if run.cfg.cooldown_from:  # from another run's plateau, or a cool-down that was interrupted
         schedule = {k: then["train"][k] for k in SCHEDULE}
-        schedule = schedule if inside(path, run.out) else cooled(schedule, saved["step"], run.cfg.steps)
+        schedule = schedule if inside(path, run.out) else cool_down(schedule, saved["step"], run.cfg.steps)
     elif saved["step"] > run.cfg.steps:
         fail(f"{path} has done {saved['step']} steps already, more than --steps {run.cfg.steps}")
-    harmless = "out resume cooldown_from data device dtype compile log_every keep tensorboard wandb".split()
+    harmless = "out resume cooldown_from data device dtype compile log_every keep keep_at budgets recipe dry_run"
+    harmless = [*harmless.split(), "tensorboard", "wandb", "wandb_project"]
     changed = {k: v for k, v in (now["train"] | schedule).items() if v != then["train"].get(k) and k not in harmless}
     notes = [f"{k} {then['train'].get(k)} -> {v}" for k, v in changed.items()]
     notes += ["data (its blocks come in another order from here)"] * (now["data"] != then["data"])
@@ -811,19 +1006,38 @@ def start_run_directory(run: Run) -> int:
     return max((row["step"] for row in rows if "loss" not in row), default=0)
 
 
-def open_sinks(cfg: TrainConfig) -> list[tuple[Callable, Callable]]:
-    sinks = []
+def open_sinks(run: Run) -> list[tuple[Callable, Callable]]:
+    """Returns (log(numbers, step), close()) of each tracker. A resumed run continues what it has written there."""
+    cfg, sinks = run.cfg, []
     if cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(cfg.out)
+        # what a killed run wrote after its last checkpoint comes once more
+        writer = SummaryWriter(cfg.out, purge_step=run.progress["step"] + 1)
         sinks.append((lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()], writer.close))
     if cfg.wandb:
         import wandb
 
-        wandb.init(project="nanomor", name=Path(cfg.out).name, dir=cfg.out, config=asdict(cfg))
+        project = cfg.wandb_project or os.environ.get("WANDB_PROJECT") or "nanomor"
+        name = os.environ.get("WANDB_NAME") or run.out.name
+        resumed = dict(id=os.environ.get("WANDB_RUN_ID") or wandb_id(run.out), resume="allow")
+        try:
+            wandb.init(project=project, name=name, dir=cfg.out, config=asdict(cfg), **resumed)
+        except (
+            Exception
+        ) as e:  # no key, no network, no such project: each has a class of its own, and none is a bug here
+            reason = " ".join(str(e).split())[:200]
+            fail(f"--wandb: {reason}; log in (wandb login), or set WANDB_API_KEY, or WANDB_MODE=offline")
         sinks.append((wandb.log, wandb.finish))
     return sinks
+
+
+def wandb_id(out: Path) -> str:
+    """Returns the name under which wandb knows the run in this directory: made once, and kept beside it."""
+    file = out / "wandb_id"
+    if not file.exists():
+        file.write_text(os.urandom(8).hex())
+    return file.read_text()
 
 
 def record(run: Run, row: dict) -> None:
@@ -848,12 +1062,14 @@ def read_metrics(out: Path) -> list[dict]:
 
 
 def log_step(run: Run, stats: Tensor, seconds: float, steps: int) -> None:
-    """What `steps` steps in `seconds` came to; `stats`: train_step's, of the last of them, on the CPU."""
+    """Tells what `steps` steps in `seconds` came to; `stats`: train_step's, of the last of them, on the CPU."""
     cfg, world, step, last = run.cfg, run.world, run.progress["step"], run.cfg.steps
     loading = torch.tensor([run.loading / seconds / world.size])  # a bound on the waiting: a GPU computes meanwhile
-    loss, lm, *others, depth, loading = world.sum(torch.cat([stats[:-1], loading])).tolist()
+    loss, lm, *others, depth, dropped, loading = world.sum(torch.cat([stats[:-1], loading])).tolist()
     row = dict(loss=loss, lm=lm) | {k: v for k, v in zip(TERMS[1:], others, strict=True) if v != 0}
     row |= dict(depth=depth, norm=float(stats[-1]), lr=run.optimizer.param_groups[0]["lr"])
+    if run.config.router not in ("none", "expert"):
+        row["dropped"] = dropped
     shown, rate, skipped = describe(row), steps * cfg.batch_tokens / seconds, int(run.bad[1])
     flops = 3 * run.model.flops_per_token(run.config.block_size, head=True) * rate  # backward is twice the forward
     row |= dict(tokens_per_second=rate, flops_per_second=flops, of_peak=flops / run.peak, loading=loading)
@@ -864,6 +1080,10 @@ def log_step(run: Run, stats: Tensor, seconds: float, steps: int) -> None:
         f"  eta {minutes}:{left:02d}" + f"  skipped {skipped}" * bool(skipped)
     )
     world.chief_does(record, run, row)
+    if dropped > 0.01 and not run.warned:
+        run.warned, slack = True, run.config.capacity_slack
+        what = f"{dropped:.1%} of the tokens find no slot at a depth that they chose (--capacity-slack {slack:g})"
+        world.say(f"warning: {what}: raise it; {run.config.n_recursion} drops none, as the paper's runs")
     if run.bad[0] >= cfg.max_skipped:
         counts = zip(TERMS, world.sum(run.bad[2:].clone()).tolist(), strict=True)
         blame = ", ".join(f"{k} {int(n)} times" for k, n in counts if n) or "the gradient, no loss"
@@ -901,9 +1121,13 @@ def plot(run: Run, bigram: float) -> None:
         points = [(row["step"], row[key]) for row in read_metrics(run.out) if key in row]
         ax.plot(*np.array(points).reshape(-1, 2).T, style, label=label if points else None)
     ax.axhline(bigram, color="gray", ls=":", label="bigram model")
-    ax.set(xlabel="step", ylabel="nats per token", title=f"{run.out.name}: {describe_model(run)}")
+    ax.set(xlabel="step", ylabel="nats per token")
+    ax.set_title(show_plainly(f"{run.out.name}: {describe_model(run)}"), parse_math=False)  # a name may have a $
     ax.legend()
-    plt.savefig(run.out / "loss.png", dpi=120)
+    try:
+        plt.savefig(run.out / "loss.png", dpi=120)
+    except OSError as e:
+        run.world.say(f"warning: cannot write {run.out / 'loss.png'}: {e.strerror}")
     plt.close()
 
 
@@ -912,18 +1136,21 @@ def plot(run: Run, bigram: float) -> None:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: finish the step, save, exit 0. A second Ctrl-C stops at once, unless within a second of the
-    first: under torchrun the terminal and torchrun both deliver the same one."""
+    """Finishes the step, saves and exits 0 on SIGTERM, Ctrl-C, or when the terminal closes (SIGHUP, unless nohup has it
+    ignored). A second Ctrl-C stops at once, unless within a second of the first: under torchrun the terminal and
+    torchrun both deliver the same one."""
 
     def __init__(self):
         self.since = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.handle)
 
     def handle(self, number: int, _frame) -> None:
         if self.since is None:
             self.since = time.monotonic()
-            os.write(2, b"stopping after this step\n")  # not print(), which may be what was interrupted
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"stopping after this step\n")  # not print(), which may be what was interrupted
         elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             os._exit(130)
 
@@ -936,7 +1163,7 @@ def train(run: Run, rows: np.ndarray, evaluated: int, stop: StopRequest) -> dict
     while True:
         step, stopping = progress["step"], world.agree(stop.since is not None)
         done, fresh, due = step == last, step > first, step > evaluated and step % cfg.eval_every == 0
-        saving = fresh and (done or stopping or step % save_every == 0)
+        saving = fresh and (done or stopping or step % save_every == 0 or step in cfg.keep_at)
         evaluating = done or (due and not stopping)
         if evaluating:
             metrics = evaluate(run, rows)
@@ -963,16 +1190,117 @@ def train(run: Run, rows: np.ndarray, evaluated: int, stop: StopRequest) -> dict
             mark, marked, run.loading = time.perf_counter(), step + 1, 0.0
 
 
+class OutputLock:
+    """A file in a run directory that one process group at a time holds, and that says who. A process that dies, even by
+    kill -9, lets go of it; a shared file system passes the lock on to other machines."""
+
+    def __init__(self, out: str):
+        self.path, self.file = Path(out, "lock"), None
+
+    def take(self) -> None:
+        """Takes the lock, if the directory is there; ends the program if another one has it."""
+        if self.file is not None or not self.path.parent.is_dir():
+            return
+        try:
+            file = open(self.path, "a+")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = self.path.read_text().strip() or "another process"
+            fail(f"--out {self.path.parent} is in use by {holder}: wait for it, or choose another --out")
+        except OSError:
+            return  # not writable, as the first real file will say; or a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+        file.flush()
+        self.file = file
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def plan_budgets(cfg: TrainConfig, config: MoRConfig) -> list[TrainConfig]:
+    """Returns the runs that --budgets asks for: the plateau, and from it a cool-down to each budget in a directory of
+    its own. The warm-up is a part of the smallest budget (paper Appendix D)."""
+    with torch.device("meta"):
+        flops = MoR(config).flops_per_token(config.block_size, convention="paper") * cfg.batch_tokens
+    totals, branches = {}, {}
+    for budget in cfg.budgets:
+        steps = round(budget / flops if budget >= 1e9 else budget)  # nobody takes 1e9 steps
+        branches[budget] = steps - round(cfg.cooldown * steps)
+        totals[budget] = steps
+    smallest = min(totals.values())
+    warmup = round(cfg.warmup if cfg.warmup >= 1 else cfg.warmup * smallest)
+    if not warmup <= min(branches.values()) < smallest:
+        what = f"--budgets {min(cfg.budgets):g} is {smallest} steps of {flops:.3g} FLOPs, {warmup} of them warm-up"
+        fail(f"{what}: too few to cool down from; lower --batch-tokens or --warmup, or raise the budget")
+    keep = tuple(sorted(branches.values()))
+    plateau = replace(cfg, steps=keep[-1], warmup=warmup, cooldown=0, keep_at=keep, budgets=())
+    runs = [plateau]
+    for budget, steps in totals.items():
+        start = Path(cfg.out, f"ckpt_{branches[budget]:06d}.pt")
+        out = Path(cfg.out, f"budget_{budget:g}")
+        more = dict(steps=steps - branches[budget], cooldown_from=str(start), out=str(out), resume="auto", keep_at=())
+        runs.append(replace(plateau, **more))
+    return runs
+
+
 def main(argv: list[str] | None = None) -> None:
     # every process finds the same mistakes: one line per node is enough
     with redirect_stderr(open(os.devnull, "w")) if os.environ.get("LOCAL_RANK", "0") != "0" else nullcontext():
         cfg, given = read_flags(argv)
         meta = load_meta(cfg.data)
         config, weights = initial_model(cfg, given, meta)
-        train_shards, val_shards = open_data(cfg, meta, config)
+        shards = open_data(cfg, meta, config)
+        if cfg.compile:
+            check_compiler()
+        runs = plan_budgets(cfg, config) if cfg.budgets else [cfg]
         world = join_world(cfg)
-        check_ids(cfg, (train_shards, val_shards), meta["vocab_size"], world)
+        check_ids(cfg, shards, meta["vocab_size"], world)
+    for warning in warn_of_plan(cfg, meta):
+        world.say(f"warning: {warning}")
+    if cfg.dry_run:
+        for each in runs:
+            world.say(describe_plan(each, config, world))
+        return
 
+    results = []
+    for each in runs:
+        lock = OutputLock(each.out)
+        try:
+            metrics = train_run(each, config, weights, meta, shards, world, lock)
+        finally:
+            lock.release()
+        if metrics is None:  # asked to stop
+            return
+        results.append(metrics.get("val_loss", metrics.get("val_topk")))
+    for budget, loss in zip(cfg.budgets, results[1:], strict=False):
+        world.say(f"budget {budget:g}: validation {loss:.4f} nats per token")
+
+
+def describe_plan(cfg: TrainConfig, config: MoRConfig, world: World) -> str:
+    with torch.device("meta"):
+        model = MoR(config)
+    tokens = cfg.steps * cfg.batch_tokens
+    flops = tokens * model.flops_per_token(config.block_size, convention="paper")
+    sequences = cfg.batch_tokens // config.block_size // world.size
+    what = f"{model.num_params() / 1e6:.2f}M parameters + embedding"
+    length = f"{cfg.steps} steps of {cfg.batch_tokens} tokens = {tokens:.3g}"
+    cost = f"{flops:.3g} FLOPs forward as the paper counts"
+    return f"{cfg.out}: {what}; {length}; {cost}; {sequences} sequences per step and process"
+
+
+def train_run(
+    cfg: TrainConfig,
+    config: MoRConfig,
+    weights: dict[str, Tensor] | None,
+    meta: dict,
+    shards: tuple[Shards, Shards],
+    world: World,
+    lock: OutputLock,
+) -> dict | None:
+    """Trains a model from its start, or from where it was -> metrics of the last evaluation; None if asked to stop."""
+    world.chief_does(lock.take)
     tensors = {}
     path, saved = world.chief_does(find_checkpoint, cfg, tensors) or (None, None)
     if cfg.dtype == "auto" and saved:
@@ -981,38 +1309,48 @@ def main(argv: list[str] | None = None) -> None:
     cfg.dtype = world.chief_does(lambda: max(peaks, key=peaks.get))
     peak = float(world.sum(torch.tensor(peaks[cfg.dtype])))
 
+    # the model
     if world.device.type == "cpu":  # else the embedding's gradient adds up in the order that threads happen to run
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    torch._dynamo.reset()  # what an earlier run compiled is not this model's
+    torch._dynamo.config.error_on_recompile = False
     torch.manual_seed(cfg.seed)
     model = MoR(config)
     if weights:
         model.load_state_dict(weights)
     model.to(world.device).checkpoint_recursions = cfg.checkpoint_recursions
-    wrapped, optimizer = parallelise(model, cfg, world), make_optimizer(model, cfg)
-    blocks, bad = Blocks(train_shards, config.block_size, cfg.seed), torch.zeros(2 + len(TERMS), device=world.device)
+    wrapped = parallelise(model, cfg, world)
+    optimizer = make_optimizer(model, cfg)
+
+    # all that the loop carries
+    blocks = Blocks(shards[0], config.block_size, cfg.seed)
+    bad = torch.zeros(2 + len(TERMS), device=world.device)
     run = Run(cfg, config, world, meta, blocks, model, wrapped, optimizer, peak, bad)
     where = f"{world.size} x {world.device.type}, {cfg.dtype}, peak {peak / 1e12:.2f} TFLOP/s"
     world.say(f"{describe_model(run)} on {where}")
     if saved:
         resume(run, path, saved, tensors)
-    del weights, tensors
+    del tensors
     evaluated = world.chief_does(start_run_directory, run)
-    run.sinks = open_sinks(cfg) if world.rank == 0 else []
+    world.chief_does(lock.take)
+    world.chief_does(lambda: run.sinks.extend(open_sinks(run)))
     stop = StopRequest()
     if cfg.compile:
         warm_up(run)
-    rows = val_shards.blocks(config.block_size, cfg.eval_tokens)
+
+    rows = shards[1].blocks(config.block_size, cfg.eval_tokens)
     metrics = train(run, rows, evaluated, stop)
     for _, close in run.sinks:
         close()
     if metrics and world.rank == 0:
-        bigram = bigram_nll(train_shards, rows, meta["vocab_size"])
-        plot(run, bigram)
+        bigram = bigram_nll(shards[0], rows, meta["vocab_size"])
         kinds = (("causal", "val_loss"), ("top-k", "val_topk"))
         nll = "  ".join(f"{name} {metrics[key]:.4f}" for name, key in kinds if key in metrics)
-        print(f"validation, nats per token:  {nll}  (a bigram model of the same tokens: {bigram:.4f})")
-        print(f"peak memory {peak_memory(world.device) / 2**20:,.0f} MiB; everything is in {run.out}", flush=True)
+        world.say(f"validation, nats per token:  {nll}  (a bigram model of the same tokens: {bigram:.4f})")
+        plot(run, bigram)
+        world.say(f"peak memory {peak_memory(world.device) / 2**20:,.0f} MiB; everything is in {run.out}")
+    return metrics
 
 
 if __name__ == "__main__":

@@ -52,12 +52,15 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
+PLOT = train.plot
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Without the picture and the measurement of the machine; train.main() takes over the signals: give them back."""
     monkeypatch.setattr(train, "plot", lambda *args: None)
     monkeypatch.setattr(train, "matmul_peak", lambda *args: 1e11)
-    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     yield
     for number, handler in before:
         signal.signal(number, handler)
@@ -152,6 +155,93 @@ def test_learns(data, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# recipes, sizes, budgets
+
+
+@pytest.fixture(scope="session")
+def long_data(tmp_path_factory):
+    """Enough for one batch of the paper's."""
+    return write_data(tmp_path_factory.mktemp("long"), train_tokens=2_200_000, val_tokens=3000)
+
+
+def test_recipes_have_the_paper_s_flops(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--recipes"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    head, rows = lines[0].split(), {line.split()[0]: line.split() for line in lines[1 : 1 + len(train.RECIPES)]}
+    assert rows.keys() == train.RECIPES.keys()
+    for name in ("vanilla", "mor-2", "mor-3", "mor-4", "mor-3-share"):
+        assert float(rows[name][head.index("EFLOPs")]) == pytest.approx(16.5, rel=1e-3)
+    assert rows["mor-4"][head.index("layers")] == "34" and rows["mor-4"][head.index("params")] == "98M"
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_recipes_can_be_started(name, long_data, tmp_path, capsys):
+    train.main(["--recipe", name, "--data", str(long_data), "--out", str(tmp_path / "run"), "--dry-run"])
+    out = capsys.readouterr().out
+    assert f"{train.RECIPES[name][0]} steps of 2097152 tokens" in out
+    assert "SmolLM's tokenizer of 49152 tokens" in out  # which these data do not have
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_change_a_recipe():
+    cfg, given = train.read_flags(["--recipe", "mor-2", "--steps", "4e3", "--n-recursion", "4", "--lr", "1e-3"])
+    assert (cfg.steps, cfg.lr, cfg.preset, given["n_recursion"], given["router"]) == (4000, 1e-3, "360M", 4, "expert")
+    assert (cfg.warmup, cfg.cooldown, cfg.schedule) == (86, 2524, "trapezoid")
+    assert train.read_flags(["--recipe", "ablation"])[0].schedule == "cosine"
+
+
+def test_sizes_bring_their_batch(long_data, tmp_path, capsys):
+    common = ["--data", str(long_data), "--out", str(tmp_path), "--dry-run"]
+    train.main(["--preset", "360M", *common])
+    out = capsys.readouterr().out
+    assert "9438 steps of 2097152 tokens" in out and "warning" not in out
+    train.main(["--preset", "360M", *common, "--batch-tokens", "2048"])
+    assert "--batch-tokens 2048 is far below the 2097152 that 360M is trained with" in capsys.readouterr().out
+    train.main(common)
+    out = capsys.readouterr().out
+    assert "800 steps of 2048 tokens" in out and "warning" not in out
+
+
+def test_budgets_from_one_plateau(data, tmp_path, capsys):
+    """Each budget is the run of that many steps with its cool-down, to the bit; the same command continues."""
+    common = ("--warmup", 2, "--lr", 0.01, "--eval-every", 100)
+    command = flags(data, tmp_path / "all", "--budgets", "10,20", *common)
+    train.main(command)
+    assert (tmp_path / "all" / "ckpt_000008.pt").exists() and (tmp_path / "all" / "ckpt_000016.pt").exists()
+    told = capsys.readouterr().out
+    assert "budget 10: validation" in told and "budget 20: validation" in told
+    for steps in (10, 20):
+        out = tmp_path / str(steps)
+        train.main(flags(data, out, "--steps", steps, "--cooldown", 0.2, *common))
+        cool = losses(tmp_path / "all" / f"budget_{steps}")
+        assert cool == {s: v for s, v in losses(out).items() if s > 0.8 * steps} and len(cool) == steps // 5
+    before = (tmp_path / "all" / "budget_20" / "ckpt_000020.pt").read_bytes()
+    train.main(command)
+    assert (tmp_path / "all" / "budget_20" / "ckpt_000020.pt").read_bytes() == before
+
+
+def test_budgets_in_flops(data, tmp_path):
+    cfg, given = train.read_flags(
+        flags(data, tmp_path, "--budgets", "1e10,3e10", "--n-recursion", 1, "--router", "none")
+    )
+    config = MoRConfig.preset("nano", **given)
+    plateau, small, large = train.plan_budgets(cfg, config)
+    cost = train.MoR(config).flops_per_token(16, convention="paper") * 64
+    totals = [train.step_of(checkpoint.Path(run.cooldown_from)) + run.steps for run in (small, large)]
+    assert totals == [round(1e10 / cost), round(3e10 / cost)]
+    assert plateau.keep_at == tuple(train.step_of(checkpoint.Path(run.cooldown_from)) for run in (small, large))
+    assert plateau.warmup == round(0.05 * totals[0]) and small.steps == round(0.2 * totals[0])
+
+
+def test_named_steps_are_saved_and_kept(data, tmp_path):
+    train.main(flags(data, tmp_path, "--steps", 8, "--eval-every", 4, "--keep", 1, "--keep-at", "1,3"))
+    steps = sorted(train.step_of(path) for path in tmp_path.glob("ckpt_*.pt"))
+    assert {1, 3, 8} <= set(steps) and len(steps) <= 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # mistakes
 
 
@@ -173,11 +263,28 @@ MISTAKES = {
     "device": (["--device", "mps"], "sees no such device"),
     "no such data": (["--data", "/nowhere"], "/nowhere"),
     "no such checkpoint": (["--resume", "/nowhere.pt"], "/nowhere.pt does not exist"),
-    "capacity": (["--capacity", "1,half"], "invalid numbers value"),
+    "capacity": (["--capacity", "1,half"], "'1,half' must be numbers"),
     "two sizes": (["--init-from", "x", "--preset", "nano"], "leave --preset out"),
     "no such weights": (["--init-from", "/nowhere"], "/nowhere/config.json"),
     "no such package": (["--wandb"], "pip install wandb"),
     "unwritable": (["--out", "/proc/run"], "cannot write to --out /proc/run"),
+    "half a step": (["--steps", "1.5e0"], "'1.5e0' must be a whole number"),
+    "infinite steps": (["--steps", "inf"], "'inf' must be a whole number"),
+    "two steps": (["--steps", "1,2"], "'1,2' must be a whole number"),
+    "seed": (["--seed", "18446744073709551616"], "must be below 2**63"),
+    "negative seed": (["--seed", "-1"], "--seed -1 must be at least 0"),
+    "fp16": (["--dtype", "fp16"], "use bf16"),
+    "half": (["--dtype", "half"], "loses gradients below 6e-8"),
+    "recipe": (["--recipe", "mor-9"], "choose from"),
+    "recipe of weights": (["--init-from", "x", "--recipe", "mor-2"], "has a size of its own"),
+    "warm-up of token choice": (["--router", "token", "--capacity-warmup", "4"], "--capacity-warmup 4 needs --router"),
+    "warm-up of none": (["--router", "none", "--capacity-warmup", "4"], "needs --router expert, not none"),
+    "auxiliary rate": (["--aux-lr-factor", "10"], "needs --causality aux_router, not aux_loss"),
+    "kept": (["--keep-at", "0,4"], "--keep-at 0,4 must be positive numbers"),
+    "budgets of a cosine": (["--budgets", "8,12", "--schedule", "cosine"], "--budgets needs --schedule trapezoid"),
+    "budgets that cool down": (["--budgets", "8,12", "--cooldown-from", "x"], "no --cooldown-from"),
+    "small budget": (["--budgets", "2,12"], "too few to cool down from"),
+    "small FLOPs": (["--budgets", "1e9,2e9", "--warmup", "50"], "too few to cool down from"),
 }
 
 
@@ -190,8 +297,36 @@ def test_mistakes(data, tmp_path, capfd, monkeypatch, name):
 
 
 def test_batch_must_divide_among_the_processes(data, tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
     assert "3 processes cannot share its 4 sequences" in refused(capfd, flags(data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("stray", [dict(WORLD_SIZE="8"), dict(WORLD_SIZE="8", RANK="3"), dict(LOCAL_RANK="x")])
+def test_part_of_an_environment_of_torchrun_is_ignored(data, tmp_path, monkeypatch, stray):
+    for name, value in stray.items():
+        monkeypatch.setenv(name, value)
+    train.main(flags(data, tmp_path, "--steps", 1))
+    assert len(losses(tmp_path)) == 1
+
+
+def test_environment_that_is_not_of_torchrun(data, tmp_path, capfd, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "two"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert "WORLD_SIZE=two" in refused(capfd, flags(data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("missing", ["compiler", "the compiler that CXX names", "Python.h"])
+def test_compiling_needs_a_compiler(data, tmp_path, capfd, monkeypatch, missing):
+    if missing == "Python.h":
+        monkeypatch.setattr(train.sysconfig, "get_paths", lambda: dict(include=str(tmp_path)))
+    elif missing == "compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    message = refused(capfd, flags(data, tmp_path / "run", compile=True))
+    assert "--no-compile" in message and "apt-get install" in message and not (tmp_path / "run").exists()
+    train.main(flags(data, tmp_path / "run", "--steps", 1))  # which needs none
 
 
 def test_bad_data(tmp_path, capfd):
@@ -264,11 +399,11 @@ def test_bigram_against_counting(data):
 
 def test_schedules():
     cfg = train.TrainConfig(lr=1.0, steps=100, warmup=5, cooldown=20, capacity_warmup=10)
-    assert [train.rate(cfg, s) for s in (0, 4, 5, 80, 90, 99)] == pytest.approx([0.2, 1, 1, 1, 0.5, 0.05])
+    assert [train.learning_rate(cfg, s) for s in (0, 4, 5, 80, 90, 99)] == pytest.approx([0.2, 1, 1, 1, 0.5, 0.05])
     cosine = train.TrainConfig(lr=1.0, steps=100, warmup=0, schedule="cosine")
-    assert [train.rate(cosine, s) for s in (0, 50, 100)] == pytest.approx([1, 0.55, 0.1])
+    assert [train.learning_rate(cosine, s) for s in (0, 50, 100)] == pytest.approx([1, 0.55, 0.1])
     config = MoRConfig.preset("nano", n_recursion=3, router="expert")
-    capacities = [train.capacity(cfg, s, config, torch.device("cpu")) for s in (0, 5, 10)]
+    capacities = [train.warm_capacities(cfg, s, config, torch.device("cpu")) for s in (0, 5, 10)]
     assert capacities[0].tolist() == [1, 1, 1] and capacities[2] is None
     assert capacities[1].tolist() == pytest.approx([1, 5 / 6, 2 / 3])
 
@@ -356,8 +491,8 @@ def test_tensorboard_and_wandb(data, tmp_path, monkeypatch):
     board, weights_and_biases, told, closed = types.ModuleType("board"), types.ModuleType("wandb"), {}, []
 
     class SummaryWriter:
-        def __init__(self, directory):
-            assert directory == str(tmp_path)
+        def __init__(self, directory, purge_step):
+            assert directory == str(tmp_path) and purge_step == 1
 
         def add_scalar(self, name, value, step):
             told.setdefault(step, {})[name] = value
@@ -366,7 +501,7 @@ def test_tensorboard_and_wandb(data, tmp_path, monkeypatch):
             closed.append("tensorboard")
 
     board.SummaryWriter, logged = SummaryWriter, []
-    weights_and_biases.init = lambda project, name, dir, config: logged.append(config["steps"])
+    weights_and_biases.init = lambda config, **about: logged.append(config["steps"])
     weights_and_biases.log = lambda row, step: logged.append((step, row))
     weights_and_biases.finish = lambda: closed.append("wandb")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
@@ -376,6 +511,97 @@ def test_tensorboard_and_wandb(data, tmp_path, monkeypatch):
     rows = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in train.read_metrics(tmp_path)]
     assert logged == [2, *((row["step"], row) for row in rows)] and closed == ["tensorboard", "wandb"]
     assert told == {1: rows[0], 2: rows[1] | rows[2]}
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    """A stand-in for wandb that remembers how it was called."""
+    wandb, calls = types.ModuleType("wandb"), []
+    wandb.init = lambda **about: calls.append(about)
+    wandb.log, wandb.finish = lambda row, step: None, lambda: None
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(train, "is_installed", lambda name: True)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    wandb.calls = calls
+    return wandb
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(data, tmp_path, tracker, monkeypatch):
+    command = flags(data, tmp_path / "a", "--steps", 1, "--wandb", "--wandb-project", "mine")
+    train.main(command)
+    train.main([*command, "--steps", "2"])
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_NAME", "named")
+    train.main(flags(data, tmp_path / "b", "--steps", 1, "--wandb"))
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    train.main(flags(data, tmp_path / "c", "--steps", 1, "--wandb"))
+    assert [call["project"] for call in tracker.calls] == ["mine", "mine", "theirs", "theirs"]
+    assert [call["name"] for call in tracker.calls] == ["a", "a", "named", "named"]
+    ids = [call["id"] for call in tracker.calls]
+    assert ids[0] == ids[1] != ids[2] and ids[3] == "chosen"
+    assert all(call["resume"] == "allow" for call in tracker.calls)
+
+
+def test_wandb_without_a_key_is_one_line(data, tmp_path, tracker, capfd):
+    def refuse(**about):
+        raise RuntimeError("No API key configured.\nUse wandb login")
+
+    tracker.init = refuse
+    message = refused(capfd, flags(data, tmp_path, "--steps", 1, "--wandb"))
+    assert "No API key configured" in message and "WANDB_API_KEY" in message
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_folder_is_no_package(name, data, tmp_path, capfd, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if "site-packages" not in p)])
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    assert train.find_spec(name) is not None
+    assert f"pip install {name}" in refused(capfd, flags(data, tmp_path / "run", f"--{name}"))
+
+
+def test_dropped_tokens_are_counted_and_warned_about(data, tmp_path, capsys):
+    common = ("--router", "token", "--steps", 3, "--balance", "none", "--router-func", "sigmoid")
+    train.main(flags(data, tmp_path / "few", *common, "--capacity", "1,0.2,0.1", "--capacity-slack", 1))
+    rows = [row for row in train.read_metrics(tmp_path / "few") if "loss" in row]
+    assert max(row["dropped"] for row in rows) > 0.01
+    assert capsys.readouterr().out.count("find no slot at a depth that they chose (--capacity-slack 1)") == 1
+    train.main(flags(data, tmp_path / "all", *common, "--capacity-slack", 3))
+    rows = [row for row in train.read_metrics(tmp_path / "all") if "loss" in row]
+    assert [row["dropped"] for row in rows] == [0, 0, 0]
+    assert "find no slot" not in capsys.readouterr().out
+
+
+def test_balancing_counts_what_tokens_chose(data, tmp_path, monkeypatch):
+    """With scarce slots what ran is another thing."""
+    chosen, ran, told = [], [], []
+    forward = train.Run.forward
+
+    def recording(run, *args):
+        out = forward(run, *args)
+        chosen.append([int((out.choice == d).sum()) for d in (1, 2, 3)])
+        ran.append([int((out.depth == d).sum()) for d in (1, 2, 3)])
+        return out
+
+    monkeypatch.setattr(train.Run, "forward", recording)
+    monkeypatch.setattr(train.MoR, "update_balance_bias", lambda model, *args: told.append(args))
+    scarce = ("--capacity", "1,0.2,0.1", "--capacity-slack", 1, "--balance-rate", 0.02)
+    train.main(flags(data, tmp_path, "--router", "token", "--balance", "bias", "--steps", 3, *scarce))
+    halves = np.array(chosen).reshape(3, 2, 3).sum(1).tolist()  # two micro-batches a step
+    assert [counts.tolist() for counts, _ in told] == halves and chosen != ran
+    assert {rate for _, rate in told} == {0.02}
+
+
+def test_auxiliary_router_learns_at_a_rate_of_its_own(data, tmp_path):
+    more = ("--steps", 3, "--causality", "aux_router", "--aux-lr-factor", 10, "--lr", 1e-3)
+    train.main(flags(data, tmp_path, *more, "--warmup", 0, "--cooldown", 0))
+    groups = torch.load(tmp_path / "ckpt_000003.pt", weights_only=True)["optimizer"]["param_groups"]
+    rates = {name: group["lr"] for group in groups for name in group["params"]}
+    assert {name for name, rate in rates.items() if rate == pytest.approx(1e-2)} == {
+        f"aux_routers.{r}.net.weight" for r in range(3)
+    }
+    assert all(rate == pytest.approx(1e-3) for name, rate in rates.items() if not name.startswith("aux"))
 
 
 def test_router_warnings():
@@ -506,6 +732,57 @@ def test_sigterm_saves_and_exits_0(data, tmp_path):
     assert process.returncode == 0, err
     assert "the same command continues" in out and "stopping after this step" in err
     assert len(list(tmp_path.glob("ckpt_*.pt"))) == 1
+
+
+def start_endless(data, out, **how):
+    argv = command(*flags(data, out, "--steps", 100000, "--save-every", 100000, "--eval-every", 100000))
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+    for line in process.stdout:
+        if line.startswith("step"):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("reader", ["stays", "leaves"])
+def test_a_closed_terminal_saves(data, tmp_path, reader):
+    """Also when what is printed finds no reader any more."""
+    process = start_endless(data, tmp_path)
+    if reader == "leaves":
+        process.stdout.close()
+        process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    process.wait(timeout=120)
+    assert len(list(tmp_path.glob("ckpt_*.pt"))) == 1
+
+
+def test_nohup_is_obeyed(data, tmp_path):
+    process = start_endless(data, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    lines = [process.stdout.readline() for _ in range(20)]
+    assert all(line.startswith("step") for line in lines)
+    process.terminate()
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+
+
+def test_one_run_at_a_time_in_a_directory(data, tmp_path, capfd):
+    process = start_endless(data, tmp_path)
+    message = refused(capfd, flags(data, tmp_path, "--steps", 4))
+    assert f"in use by process {process.pid} on" in message
+    process.kill()  # which leaves the file behind, but not the lock
+    process.communicate()
+    train.main(flags(data, tmp_path, "--steps", 4))
+    train.main(flags(data, tmp_path, "--steps", 5))  # nor does a run that ended
+    assert max(losses(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("name", ["run_$LR_$BS", "$a^{", "a\x1b[31mred\x9b", "caf\udce9", r"50%_\frac"])
+def test_names_of_directories_are_only_names(data, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(train, "plot", PLOT)
+    train.main(flags(data, tmp_path / name, "--steps", 2))
+    out = capsys.readouterr().out
+    assert (tmp_path / name / "loss.png").exists() and "everything is in" in out
+    assert not any(ord(c) < 32 and c != "\n" or 127 <= ord(c) < 160 for c in out)
 
 
 def test_second_ctrl_c_stops_at_once(monkeypatch):
@@ -662,13 +939,13 @@ def test_newest_and_best_are_kept(data, tmp_path, monkeypatch):
 
 def test_pruning_spares_what_is_not_its_own(tmp_path):
     """A damaged file of a later step, which the run could not continue from, does not displace the newest good one."""
-    run = types.SimpleNamespace(out=tmp_path, cfg=types.SimpleNamespace(keep=1))
+    run = types.SimpleNamespace(out=tmp_path, cfg=types.SimpleNamespace(keep=1, keep_at=(10,)))
     for name in ("ckpt_000020.pt", "ckpt_of_mine.pt"):
         (tmp_path / name).write_bytes(b"damaged")
-    for step in (10, 11):
+    for step in (9, 10, 11):
         train.write_checkpoint(run, dict(step=step, best_step=-1))
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["ckpt_000011.pt", "ckpt_000020.pt", "ckpt_of_mine.pt"]
+    assert names == ["ckpt_000010.pt", "ckpt_000011.pt", "ckpt_000020.pt", "ckpt_of_mine.pt"]
     assert checkpoint.read_checkpoint(tmp_path / "ckpt_000011.pt")["step"] == 11
 
 
