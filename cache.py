@@ -24,8 +24,11 @@ class KVCache:
 
     def __init__(self, model: Any, batch: int, max_len: int, slack: float, threshold: float, max_depth: int):
         c, device, dtype = model.config, model.wte.weight.device, model.wte.weight.dtype
-        self.batch, self.max_len, self.slack = batch, max_len, slack
-        self.threshold, self.max_depth = threshold, max_depth
+        self.batch = batch
+        self.max_len = max_len
+        self.slack = slack
+        self.threshold = threshold
+        self.max_depth = max_depth
         self.slots = cache_slots(c, max_len, slack)
         ends = list(accumulate(self.slots))
         self.start = [0, *ends[:-1]]  # where recursion r's slots begin in a row

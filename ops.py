@@ -133,7 +133,11 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 @torch.library.custom_op("nanomor::attend_on_cpu_backward", mutates_args=())
 def attend_on_cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v.
 
@@ -185,15 +189,19 @@ def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
         return flash_decode(q, k, v, length)
     B, _, H, E = q.shape
     C, G = k.shape[1:3]
-    empty = torch.arange(C, device=q.device) >= length[:, None]  # [B, C]
+    slot = torch.arange(C, device=q.device)
+    empty = slot >= length[:, None]  # [B, C]
     if not torch.compiler.is_compiling():
         return attend(q, k, v, ~empty[:, None, None, :])
 
     # Products and sums, so that Inductor fuses reading the cache with the dot product; SDPA works in blocks made for
     # many queries. In eager mode nothing would fuse, and the products are E times the size of the scores.
-    q = q.view(B, G, H // G, 1, E).float() * E**-0.5
-    keys = k.transpose(1, 2)[:, :, None].float()  # [B, G, 1, C, E]
-    values = v.transpose(1, 2)[:, :, None].float()
+    q = q.view(B, G, H // G, 1, E).float()
+    q = q * E**-0.5
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    keys = k[:, :, None].float()  # [B, G, 1, C, E]
+    values = v[:, :, None].float()
     score = (q * keys).sum(-1)  # [B, G, H/G, C]
     score = score.masked_fill(empty[:, None, None], -math.inf)
     weight = score.softmax(-1)
@@ -307,11 +315,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             keep = tc != -100
             tc = tc.clamp(min=0)[:, None]
             right = logits.gather(1, tc)[:, 0].float()
-            total = total + ((lse - right) * keep).sum()
+            nll = (lse - right) * keep
+            total = total + nll.sum()
             if wants_grad:
                 probability = (logits.float() - lse[:, None]).exp()
-                d = probability - (token == tc).float()
-                d = (d * keep[:, None]).to(dtype)
+                onehot = (token == tc).float()
+                d = (probability - onehot) * keep[:, None]
+                d = d.to(dtype)
                 dx.append(d @ w)
                 dw = dw + (d.T @ xc).float()
         if wants_grad:
