@@ -130,6 +130,7 @@ def pretend() -> Iterator[None]:
         load_guard()
     mock_device()
     F.scaled_dot_product_attention = attend
+    FakeTensorMode.avoid_device_init = True  # it never asks for the device, although that says that it is there
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), torch.no_grad():
         yield
 
