@@ -447,6 +447,7 @@ def load_ranks(path: Path) -> tiktoken.Encoding:
 
         with patch("tiktoken.load.read_file_cached", lambda *_: data):
             return tiktoken.get_encoding(name)
+    # every line gives a token its rank, but for a first line of ours
     ranks: dict[bytes, int] = {}
     more = None
     for number, line in enumerate(data.splitlines(), 1):
@@ -458,6 +459,7 @@ def load_ranks(path: Path) -> tiktoken.Encoding:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             fail(f"tokenizer {path}: line {number} is not a base64 token and its rank")
+    # tiktoken itself accepts less, and crashes later
     distinct = len(set(ranks.values())) == len(ranks) and min(ranks.values(), default=0) >= 0
     if not distinct or (not more and find_missing_bytes(ranks)):
         fail(f"tokenizer {path}: needs all 256 single bytes and a rank of its own for each token")
@@ -610,6 +612,7 @@ def resolve_sources(sources: list[str]) -> list[str | Path]:
     """Returns the sources, globs expanded into paths. A missing or unknown file ends the program before any work."""
     resolved: list[str | Path] = []
     for source in sources:
+        # sources known by name
         if source == "hf:":
             fail("hf: needs the name of a dataset, as hf:roneneldan/TinyStories")
         if source == "fineweb-edu":
@@ -977,11 +980,13 @@ def read_debian(source: str) -> tuple[list[str], list[str]]:
         fail(f"{source}: needs lxml to read HTML; run: pip install lxml")
     name, _, directory = source.partition(":")
     packages = list(DEBIAN)[: DEBIAN_SMALL if name == "debian-small" else None]
+    # what has been read, and (hash, text, package) of each document
     seen: set[bytes] = set()
     found: list[tuple[str, str, str]] = []
     # processes, since a walk through HTML holds the GIL; spawned, since the fork of a process with threads may hang
     workers = ProcessPoolExecutor(min(os.cpu_count() or 1, len(packages)), multiprocessing.get_context("spawn"))
     with tempfile.TemporaryDirectory() as downloads, workers:
+        # the packages: what apt gave must be the listed ones, what the user gives may be newer
         if not directory:
             download_packages(source, Path(downloads), packages)
         files = find_packages(source, Path(directory or downloads), packages)
@@ -991,6 +996,7 @@ def read_debian(source: str) -> tuple[list[str], list[str]]:
             if not directory:
                 fail(f"{source}: {file.name} as downloaded has not the listed SHA-256; try again, or another mirror")
             print(f"note: {file.name} is not the listed {DEBIAN[package][0]}: the text will differ", file=sys.stderr)
+        # their prose, in order of the list, since the first of equal paragraphs is kept
         contents = tqdm(workers.map(read_package, files), "unpack", len(files), disable=None)
         try:
             for package, pages in zip(packages, contents, strict=True):
@@ -1259,6 +1265,7 @@ def write_shards(sources: list[str | Path], encoding: tiktoken.Encoding, directo
     """
     from tqdm import tqdm
 
+    # two shards under way, one a split
     wide = args.dtype == "uint32" or (args.dtype == "auto" and encoding.n_vocab > 65536)
     dtype = np.dtype("<u4" if wide else "<u2")
     train = ShardWriter(directory, "train", dtype, args.shard_tokens)
@@ -1277,6 +1284,7 @@ def write_shards(sources: list[str | Path], encoding: tiktoken.Encoding, directo
     plain = all(isinstance(s, Path) and s.suffix.lower() in READERS and s.suffix != ".parquet" for s in sources)
     total = sum(s.stat().st_size for s in sources) if plain else None
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None)
+    # tokenized ahead in threads, written in order; the extremes are for the errors below
     skipped: Counter = Counter()
     lowest = 1.0
     highest = 0.0
@@ -1332,12 +1340,14 @@ def replace_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     mark = making / LOCK
     if making.is_symlink() or (not mark.exists() and any(making.iterdir())):
         fail(f"--out {out}: {making} is in the way and was not made by prepare.py; rename it, or name another --out")
+    # one process at a time; the next one can say who has it
     lock = os.open(mark, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(lock, 999).decode(errors="replace")
         fail(f"--out {out}: another prepare.py is writing it ({holder}); wait for that one or name another directory")
+    # from here on the directory is ours to remove
     try:
         os.truncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -1461,6 +1471,7 @@ def train_on_sources(sources: list[str | Path], size: int, path: Path, args) -> 
 
 def prepare(args: argparse.Namespace) -> dict:
     """Does everything between the command line and the finished directory; returns meta.json's dict."""
+    # all that can be wrong with the command line, before anything is written
     sources = resolve_sources(args.source)
     name = find_tokenizer(args.tokenizer)
     size, encoding = parse_tokenizer(name)
@@ -1517,7 +1528,7 @@ def parse_count(text: str) -> int:
 
 
 def spell_name(path: Path) -> str:
-    """Returns a name as the terminal can show it, with backslashes for controls and for what its character set lacks."""
+    """Returns a name as the terminal can show it: backslashes for controls and for what its character set lacks."""
     name = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return name.encode(encoding, "backslashreplace").decode(encoding)
@@ -1537,6 +1548,7 @@ def main() -> None:
     add("--dtype", choices=["auto", "uint16", "uint32"], default="auto", help="default: by vocabulary")
     add("--threads", type=parse_count, default=os.cpu_count(), help="default: all cores")
     add("--overwrite", action="store_true", help="replace an output directory that is already prepared")
+    # the work; what goes wrong on the way is one line
     args = parser.parse_intermixed_args()
     began = time.perf_counter()
     try:
@@ -1547,6 +1559,7 @@ def main() -> None:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
 
+    # what came out
     seconds = time.perf_counter() - began
     size = meta["train_bytes"] + meta["val_bytes"]
     train = meta["train_tokens"]
