@@ -356,13 +356,14 @@ def reference_names(model: MoR) -> dict[str, str]:
     names = {"model.embed_tokens.weight": "wte.weight", "model.norm.weight": "norm.weight"}
     names["lm_head.weight"] = "wte.weight" if c.tie_embeddings else "lm_head.weight"
     off = 1 if c.n_unshared else 0
+    kind = "expert" if c.gated else c.router  # controls have the routers of expert choice
     layers = {}  # their prefix -> ours
     for u in range(n * L):
         r, j = divmod(u, L)
         theirs = {"none": f"{off + u}", "expert": f"{off + r}.block.{j}", "token": f"{off}.block_list.{r}.{j}"}
-        layers[theirs[c.router]] = f"block.{u // n if 'sequence' in c.sharing else j}"
+        layers[theirs[kind]] = f"block.{u // n if 'sequence' in c.sharing else j}"
     if c.n_unshared:
-        behind = {"none": n * L, "expert": n, "token": 1}[c.router]
+        behind = {"none": n * L, "expert": n, "token": 1}[kind]
         layers |= {"0": "first", f"{1 + behind}": "last"}
     for theirs, ours in layers.items():
         for a, b in REFERENCE_LAYER.items():
@@ -370,7 +371,7 @@ def reference_names(model: MoR) -> dict[str, str]:
     for net in [""] if c.router_arch == "linear" else [".0", ".2"]:
         if c.router == "token":
             names[f"model.layers.{off}.mor_router.router{net}.weight"] = f"router.net{net}.weight"
-        for r in range(n if c.router == "expert" else 0):
+        for r in range(n if c.gated else 0):
             names[f"model.layers.{off + r}.mor_router.router{net}.weight"] = f"routers.{r}.net{net}.weight"
             if c.causality == "aux_router":
                 names[f"model.layers.{off + r}.mlp_router.router{net}.weight"] = f"aux_routers.{r}.net{net}.weight"
@@ -489,7 +490,8 @@ def export(run: str, target: Path) -> None:
         fail(f"{target} exists already: name a new directory")
     model, meta, checkpoint = load_run(run)
     enc = run_tokenizer(run, checkpoint)
-    c, own, sd, llama = model.config, model.state_dict(), {}, model.config.router == "none"
+    c, own, sd = model.config, model.state_dict(), {}
+    llama = c.router == "none" and not c.qk_norm
     for theirs, ours in reference_names(model).items():
         tied = theirs == "lm_head.weight" and c.tie_embeddings
         if not tied and (llama or ours not in sd.values()):  # a Llama has no tied layers: they are repeated

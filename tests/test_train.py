@@ -136,6 +136,8 @@ VARIANTS = {
     "shared kv": "--kv share --checkpoint-recursions --schedule cosine",
     "capacity": "--capacity 1,0.5,0.25 --doc-mask",
     "no choice": "--capacity 1,1,1",
+    "random": "--router random",
+    "position": "--router position --kv share --qk-norm",
 }
 
 
@@ -283,6 +285,7 @@ MISTAKES = {
     "kept": (["--keep-at", "0,4"], "--keep-at 0,4 must be positive numbers"),
     "budgets of a cosine": (["--budgets", "8,12", "--schedule", "cosine"], "--budgets needs --schedule trapezoid"),
     "budgets that cool down": (["--budgets", "8,12", "--cooldown-from", "x"], "no --cooldown-from"),
+    "small FLOPs": (["--budgets", "1e9,2e9", "--warmup", "700"], "too few to cool down from"),
     "small budget": (["--budgets", "2,12"], "too few to cool down from"),
 }
 
