@@ -868,7 +868,7 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail(f"{e.filename or 'standard output'}: cannot be written ({e.strerror})")
+        fail(f"{e.filename or 'standard output'}: {e.strerror or e}")
 
 
 def run(args: Namespace, device: str) -> None:
@@ -894,7 +894,7 @@ def run(args: Namespace, device: str) -> None:
 
     # what could fail over the data or the disk does so before the work
     data, meta, shards = open_data(path, args, config, model, enc)
-    ids = read_ids(args, enc, shards, c.block_size)
+    ids = read_ids(args, enc, shards, min(2000, c.block_size))
     out = args.out or find_home(path) / "eval"
     make_directory(out)
     page = args.html or str(out / "depth.html")

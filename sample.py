@@ -228,14 +228,14 @@ def wants_color(args: Namespace) -> bool:
     return args.color == "always"
 
 
+def print_legend(n: int) -> None:
+    print("recursions:", *(paint(f" {d} ", d) for d in range(1, n + 1)), flush=True)
+
+
 def draw_samples(decoder: Decoder, enc, ids: list[int], args: Namespace, sampling: dict) -> list[Generated]:
     """Writes `--samples` continuations of a prompt to standard output as they come, as many at a time as the decoder
     has rows."""
-    color = wants_color(args)
-    if color:
-        legend = [paint(f" {d} ", d) for d in range(1, decoder.model.config.n_recursion + 1)]
-        print("recursions:", *legend)
-    painter = Painter(enc, color, sys.stdout, args.samples)
+    painter = Painter(enc, wants_color(args), sys.stdout, args.samples)
     done = []
     for first in range(0, args.samples, decoder.cache.batch):
         rows = range(first, min(first + decoder.cache.batch, args.samples))
@@ -264,10 +264,12 @@ def continue_one(model: MoR, enc, text: str, args: Namespace) -> None:
         start = time.perf_counter()
         generate(model, [ids], 2, decoder=decoder, **sampling)
         print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    n = model.config.n_recursion
+    if wants_color(args):
+        print_legend(n)
     done = draw_samples(decoder, enc, ids, args, sampling)
 
     # the pictures, of what was really run: a full cache may have ended tokens early
-    n = model.config.n_recursion
     if args.heatmap:
         tokens = [token_bytes(enc, t) for t in ids + done[0].tokens[0]]
         routing_heatmap(tokens, done[0].depth[0], n, args.heatmap, prompt=len(ids))
@@ -298,6 +300,8 @@ def converse(model: MoR, enc, args: Namespace) -> None:
     sampling, options = read_settings(args, enc.eot_token, steps=0)
     decoder = Decoder(model, args.samples, model.config.block_size, **options)
     print("type a text to be continued; Ctrl-D ends", file=sys.stderr)
+    if wants_color(args):
+        print_legend(model.config.n_recursion)
     while True:
         try:
             draw_samples(decoder, enc, encode(enc, input("> "), model.config.block_size), args, sampling)
@@ -388,14 +392,8 @@ def report(model: MoR, cache: KVCache, speed: str, depths: list[list[int]], over
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started the program
-            setattr(sys, name, open(os.devnull, "w"))
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    args = read_flags(argv)
-
-    # text first: a file that cannot be read should not cost the loading of a model
+def run(args: Namespace) -> None:
+    """Reads the text first: a file that cannot be read should not cost the loading of a model."""
     records = read_records(args.prompts) if args.prompts else []
     text = read_text(args.file) if args.file else read_argument(args.prompt or "")
     device = open_device(args.device)
@@ -407,27 +405,37 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"{args.run} holds no tokenizer: name it with --tokenizer (a name, a file, or a directory that has one)")
 
     # without a prompt a terminal is asked; a pipe, or a page to be written, gets a document from its beginning
-    interactive = args.prompt is None and not args.file and sys.stdin is not None and sys.stdin.isatty()
+    asked = args.prompt is None and not args.file and not args.html and not args.heatmap
+    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if records:
+        continue_many(model, enc, records, args)
+    elif asked and terminal:
+        converse(model, enc, args)
+    else:
+        continue_one(model, enc, text, args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the program
+            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    args = read_flags(argv)
     try:
-        if records:
-            continue_many(model, enc, records, args)
-        elif interactive and sys.stdout.isatty() and not args.html and not args.heatmap:
-            converse(model, enc, args)
-        else:
-            continue_one(model, enc, text, args)
+        run(args)
         sys.stdout.flush()
-    except ValueError as e:
-        fail(str(e))
     except KeyboardInterrupt:
         sys.exit(130)
+    except ValueError as e:
+        fail(str(e))
     except MEMORY as e:
         if not isinstance(e, MemoryError) and "memory" not in str(e):
             raise
-        fail(f"out of memory on {device}: lower --batch, --samples or --max-new-tokens")
+        fail(f"out of memory on {args.device}: lower --batch, --samples or --max-new-tokens, or take a smaller model")
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more can be written, not even at the end
         if not isinstance(e, BrokenPipeError):  # the reader, say head, has seen enough
-            fail(f"{e.filename or 'standard output'}: cannot be written ({e.strerror})")
+            fail(f"{e.filename or 'standard output'}: {e.strerror or e}")
 
 
 if __name__ == "__main__":

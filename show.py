@@ -161,14 +161,14 @@ class Passage(NamedTuple):
 def read_passage(model, enc, ids: list[int], prompt: int = 0, routing: str = "causal", **knobs) -> Passage:
     """Returns the passage of token ids, at most block_size of them; knobs are threshold and max_depth of a forward."""
     import torch
+    from torch.nn.functional import cross_entropy
 
     c = model.config
     idx = torch.tensor([ids], device=model.wte.weight.device)
     with torch.no_grad():
         out = model(idx, routing=routing, **knobs)
     depth = out.depth[0].tolist()
-    log_p = out.logits[0, :-1].float().log_softmax(-1)
-    surprise = -log_p.gather(1, idx[0, 1:, None])[:, 0]
+    surprise = cross_entropy(out.logits[0, :-1], idx[0, 1:], reduction="none")
 
     # expert choice asks before each recursion that not all may run, until one says no; token choice chooses once
     router: list[list] = [[] for _ in ids]
