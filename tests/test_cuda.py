@@ -22,6 +22,8 @@ VARIANTS = {
     "token": dict(n_recursion=3, router="token"),
     "token, bias": dict(n_recursion=3, router="token", balance="bias"),
     "token, share": dict(n_recursion=3, router="token", kv="share"),
+    "random": dict(n_recursion=3, router="random"),
+    "position, share": dict(n_recursion=3, router="position", kv="share"),
 }
 
 
