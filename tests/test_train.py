@@ -568,7 +568,7 @@ def test_dropped_tokens_are_counted_and_warned_about(data, tmp_path, capsys):
     train.main(flags(data, tmp_path / "few", *common, "--capacity", "1,0.2,0.1", "--capacity-slack", 1))
     rows = [row for row in train.read_metrics(tmp_path / "few") if "loss" in row]
     assert max(row["dropped"] for row in rows) > 0.01
-    assert capsys.readouterr().out.count("find no slot at a depth that they chose (--capacity-slack 1)") == 1
+    assert capsys.readouterr().out.count("find no slot at a depth that they chose: raise --capacity-slack 1;") == 1
     train.main(flags(data, tmp_path / "all", *common, "--capacity-slack", 3))
     rows = [row for row in train.read_metrics(tmp_path / "all") if "loss" in row]
     assert [row["dropped"] for row in rows] == [0, 0, 0]
