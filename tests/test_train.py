@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, relative
+from test_checkpoint import golden_weights, write_directory
 
 import checkpoint
 import train
@@ -890,6 +891,20 @@ def test_uptraining_from_a_llama(data, tmp_path, capsys):
     assert "llama, expert router, 1+2x2+1 layers" in capsys.readouterr().out
     train.main([*uptrain(data, tmp_path / "mor", llama, *more), "--steps", "5"])
     assert "continuing from" in capsys.readouterr().out and list(losses(tmp_path / "mor")) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("case", ["expert_mc3", "token_mc3_softmax"])
+def test_uptraining_from_the_authors_checkpoint(case, data, tmp_path):
+    """Only the directory is named; router and recursions are the file's, and so is the first loss."""
+    llama = write_directory(tmp_path / "theirs", golden_weights(case), "bin")
+    more = ("--batch-tokens", 256, "--micro-batch", 4, "--steps", 2, "--capacity-slack", 3)
+    train.main(uptrain(data, tmp_path / "up", llama, *more))
+    config = json.loads((tmp_path / "up" / "config.json").read_text())["model"]
+    assert (config["router"], config["n_recursion"]) == (case.split("_")[0], 3)
+    rows = np.concatenate(list(train.Blocks(Shards(data, "train"), 64, 0).batches(0, 4, 4)))
+    idx, targets, _ = train.to_device(rows, None, torch.device("cpu"))
+    model = train.MoR.from_pretrained(llama, capacity_slack=3.0)
+    assert losses(tmp_path / "up")[1] == pytest.approx(model(idx, targets).loss.item(), abs=1e-4)
 
 
 def write_byte_tokenizer(directory, first=0):
