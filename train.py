@@ -516,11 +516,12 @@ def warn_of_plan(cfg: TrainConfig, meta: dict) -> list[str]:
 
 def check_compiler() -> None:
     """Ends the program if torch.compile would find no C++ compiler, or no header of Python, to build with."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if not any(shutil.which(name) for name in names):
-        fail(f"--compile needs a C++ compiler ({' or '.join(names)}): apt-get install g++, or use --no-compile")
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        fail("--compile needs Python's header Python.h: apt-get install python3-dev, or use --no-compile")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as Inductor looks for it
+    if shutil.which(compiler) is None:
+        fail(f"--compile needs the C++ compiler {compiler}: apt-get install g++ (and unset CXX), or use --no-compile")
+    places = [sysconfig.get_path("include"), sysconfig.get_path("include", scheme="posix_prefix")]
+    if sys.platform == "linux" and not any(Path(place, "Python.h").exists() for place in places):
+        fail(f"--compile needs Python.h in {places[0]}: apt-get install python3-dev, or use --no-compile")
 
 
 def check_ids(cfg: TrainConfig, shards: tuple[Shards, ...], vocab_size: int, world: World) -> None:

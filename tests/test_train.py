@@ -322,7 +322,7 @@ def test_environment_that_is_not_of_torchrun(data, tmp_path, capfd, monkeypatch)
 @pytest.mark.parametrize("missing", ["compiler", "the compiler that CXX names", "Python.h"])
 def test_compiling_needs_a_compiler(data, tmp_path, capfd, monkeypatch, missing):
     if missing == "Python.h":
-        monkeypatch.setattr(train.sysconfig, "get_paths", lambda: dict(include=str(tmp_path)))
+        monkeypatch.setattr(train.sysconfig, "get_path", lambda name, scheme=None: str(tmp_path))
     elif missing == "compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
