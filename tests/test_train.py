@@ -207,6 +207,20 @@ def test_sizes_bring_their_batch(long_data, tmp_path, capsys):
     assert "800 steps of 2048 tokens" in out and "warning" not in out
 
 
+def test_the_lines_of_the_manual_start(long_data, tmp_path, capsys, monkeypatch):
+    """Every command in the docstring, up to the plan of what it would train."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line.split("#")[0] for line in train.__doc__.splitlines() if "train.py" in line]
+    lines = [line.split("train.py")[1].split() for line in lines if line.startswith("    ")]
+    started = []
+    for line in lines:
+        if "--recipes" not in line and "--init-from" not in line:
+            train.main([*line, "--data", str(long_data), "--dry-run"])
+            started.append(capsys.readouterr().out)
+    assert len(started) == 7 and all("steps of" in out and "warning" not in out for out in started)
+    assert started[4].count("steps of") == 4  # a plateau, and three budgets
+
+
 def test_budgets_from_one_plateau(data, tmp_path, capsys):
     """Each budget is the run of that many steps with its cool-down, to the bit; the same command continues."""
     common = ("--warmup", 2, "--lr", 0.01, "--eval-every", 100)
