@@ -914,7 +914,8 @@ def run(args: Namespace, device: str) -> None:
         size = 256 if args.text else 128
         routing_heatmap(passage.tokens[:size], passage.depth[:size], c.n_recursion, str(out / "depth_heatmap.png"))
     best = report.get("causal") or report["topk"]
-    about = f"{args.text or 'held-out text'}, {routing} routing; loss over {report['tokens']:,} held-out tokens"
+    about = f"{model.num_params():,} parameters without embedding; {args.text or 'held-out text'}, {routing} routing;"
+    about += f" loss over {report['tokens']:,} held-out tokens"
     write_page(page, [passage], c.n_recursion, path, about, best["by_depth"])
 
     print_report(report)

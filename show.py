@@ -312,7 +312,7 @@ PAGE = """<!doctype html>
 @media (prefers-color-scheme: light) { [class*="d"] { --depth: var(--light) } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Noto Sans", sans-serif }
-main { max-width: 74rem; margin: 0 auto; padding: 2.2rem 1.6rem 3rem; display: grid; gap: 1.6rem 2.6rem;
+main { max-width: 66rem; margin: 0 auto; padding: 2.2rem 1.6rem 3rem; display: grid; gap: 1.6rem 2.6rem;
   grid-template-columns: minmax(0, 1fr) 16.5rem }
 header { grid-column: 1 / -1; border-bottom: 1px solid var(--line); padding-bottom: 1.1rem }
 h1 { font-size: 1.55rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; overflow-wrap: anywhere }
