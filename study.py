@@ -36,7 +36,7 @@ import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,9 +154,12 @@ def count_costs(config: MoRConfig) -> dict:
     T = config.block_size
     with torch.device("meta"):
         model = MoR(config)
-    costs = dict(flops_per_token=model.flops_per_token(T, head=True))
-    costs |= dict(flops_per_token_paper=model.flops_per_token(T, head=True, convention="paper"))
-    return costs | dict(params=model.num_params(), params_embedding=model.num_params(embedding=True))
+    return dict(
+        flops_per_token=model.flops_per_token(T, head=True),
+        flops_per_token_paper=model.flops_per_token(T, head=True, convention="paper"),
+        params=model.num_params(),
+        params_embedding=model.num_params(embedding=True),
+    )
 
 
 def make_schedule(args, spec: Spec, flops_per_token: float) -> dict:
@@ -179,20 +182,20 @@ def describe_run(args, spec: Spec) -> tuple[list[str], dict]:
     default = MoRConfig.preset("nano")
     always = "n_layer d_model d_ff n_head n_kv_head n_recursion router".split()
     others = "sharing kv aux_coef capacity capacity_slack block_size".split()
-    fields = {name: getattr(config, name) for name in always + others}
-    fields = {name: value for name, value in fields.items() if name in always or value != getattr(default, name)}
+    given = {name: getattr(config, name) for name in always + others}
+    given = {name: value for name, value in given.items() if name in always or value != getattr(default, name)}
 
     # the three newest checkpoints at the end: the plateau's end, maybe one in the cool-down, the last
-    fields |= dict(optimizer=spec.optimizer, lr=spec.lr, seed=spec.seed, dtype="bf16", batch_tokens=args.batch_tokens)
-    fields |= times | dict(eval_every=times["steps"], eval_tokens=args.eval_tokens, keep=3)
-    fields |= dict(data=args.data, out=f"{args.out}/{spec.key}")
+    given |= dict(optimizer=spec.optimizer, lr=spec.lr, seed=spec.seed, dtype="bf16", batch_tokens=args.batch_tokens)
+    given |= times | dict(eval_every=times["steps"], eval_tokens=args.eval_tokens, keep=3)
+    given |= dict(data=args.data, out=f"{args.out}/{spec.key}")
     line = []
-    for name, value in fields.items():
+    for name, value in given.items():
         line += [flag(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     tokens = times["steps"] * args.batch_tokens
     facts = dict(key=spec.key) | vars(spec) | costs | times | dict(tokens=tokens)
-    facts |= dict(flops=3 * tokens * costs["flops_per_token"])
-    facts |= dict(flops_paper=3 * tokens * costs["flops_per_token_paper"])
+    facts["flops"] = 3 * tokens * costs["flops_per_token"]
+    facts["flops_paper"] = 3 * tokens * costs["flops_per_token_paper"]
     return line + shlex.split(args.extra), facts
 
 
@@ -274,6 +277,15 @@ def open_specs(args, rows: list[dict]) -> tuple[list[Spec], list[Spec]]:
     specs = plan(args, rows)
     done = [spec for spec in specs if spec.lr is not None and spec.key in keys]
     return done, [spec for spec in specs if spec not in done]
+
+
+def check_rows(args) -> None:
+    """Ends the program if the rows file holds runs of the same name that other flags made."""
+    for spec, row in ((Spec(*(row[f.name] for f in fields(Spec))), row) for row in read_rows(args.rows)):
+        facts = describe_run(args, spec)[1] | dict(eval_tokens=args.eval_tokens)
+        wrong = [f"{name} {row[name]} there, {value} here" for name, value in facts.items() if row[name] != value]
+        if wrong:
+            fail(f"{args.rows}, row {spec.key}: {', '.join(wrong)}: repeat its flags, or give other --rows and --out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -474,6 +486,7 @@ def exit_by_confidence(model: MoR, rows: np.ndarray, limits: tuple = (1, 2, 3, 4
 
 def run(args) -> None:
     """Works through the plan until every run is done or has failed."""
+    check_rows(args)
     failed = {}
     while True:
         left = [s for s in open_specs(args, read_rows(args.rows))[1] if s.lr is not None and s.key not in failed]

@@ -186,6 +186,17 @@ def test_a_torn_line_is_no_row_and_harms_no_other(tmp_path, torn):
     assert [row["key"] for row in study.read_rows(path)] == ["a", "c", "d"]
 
 
+@pytest.mark.parametrize("flags", ["--layers 14", "--batch-tokens 32", "--budgets 1.2e9,9e8", "--eval-tokens 640"])
+def test_rows_of_other_flags_are_refused(place, capfd, tmp_path, flags):
+    rows = [made_up(read(place), "MoR-3", 3.0, eval_tokens=320)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    study.check_rows(read(place))
+    with pytest.raises(SystemExit):
+        study.main(["run", *place, *flags.split()])
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "there" in err and rows[0]["key"] in err, err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the queue
 
