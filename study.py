@@ -338,11 +338,12 @@ def train_one(args, spec: Spec, lock) -> dict:
     line, row = describe_run(args, spec)
     out, shared = Path(args.out, spec.key), find_plateau(args, spec)
     more = ["--resume", str(shared)] if shared and not checkpoints(out) else []
-    log_file, start = Path(args.out, f"{spec.key}.log"), time.perf_counter()
+    log_file, start, before = Path(args.out, f"{spec.key}.log"), time.perf_counter(), os.times()
     with open(log_file, "ab") as log:
         command = [sys.executable, str(ROOT / "train.py"), *line, *more]
         status = wait_for(subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()]))
-    wall = time.perf_counter() - start
+    wall, after = time.perf_counter() - start, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
     text = log_file.read_text(errors="replace")
     metrics = read_metrics(out)
     last = next((r for r in metrics[::-1] if "val_loss" in r), {})
@@ -355,13 +356,13 @@ def train_one(args, spec: Spec, lock) -> dict:
     row |= dict(loss=last.get("val_loss"), topk=last.get("val_topk"), eval_tokens=args.eval_tokens)
     health = "val_loss_bpb selected selected_topk depth agreement dead maxvio entropy".split()
     row |= {name: last[name] for name in health if name in last}
-    row |= dict(
-        seconds=round(row["tokens"] / float(np.median(speeds)), 1), fastest=round(max(speeds)), wall=round(wall)
-    )
+    row |= dict(seconds=round(row["tokens"] / float(np.median(speeds)), 1), fastest=round(max(speeds)))
+    row |= dict(wall=round(wall), cpu=round(cpu))  # the same if it was alone, on one thread
     if not diverged:
         row |= examine(args, checkpoints(out)[-1])
     row |= dict(commit=name_commit(), command=shlex.join(["python", "train.py", *line]))
-    row |= dict(continued_from=shared.parent.name if more else None, machine=name_machine())
+    continued = shared and metrics[0]["step"] > step_of(shared)
+    row |= dict(continued_from=shared.parent.name if continued else None, machine=name_machine())
     row |= dict(threads=torch.get_num_threads(), torch=torch.__version__, data=args.meta)
     return row | dict(date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
 
