@@ -357,7 +357,7 @@ def train_one(args, spec: Spec, lock) -> dict:
     health = "val_loss_bpb selected selected_topk depth agreement dead maxvio entropy".split()
     row |= {name: last[name] for name in health if name in last}
     row |= dict(seconds=round(row["tokens"] / float(np.median(speeds)), 1), fastest=round(max(speeds)))
-    row |= dict(wall=round(wall), cpu=round(cpu))  # the same if it was alone, on one thread
+    row |= dict(wall=round(wall), cpu=round(cpu), alone=torch.cuda.is_available() or cpu > 0.95 * wall)
     if not diverged:
         row |= examine(args, checkpoints(out)[-1])
     row |= dict(commit=name_commit(), command=shlex.join(["python", "train.py", *line]))
@@ -590,11 +590,12 @@ def mean_loss(seeds: dict[int, dict]) -> float:
     return interval([loss_of(row) for row in seeds.values()])[0]
 
 
-def seconds_of(rows: list[dict], row: dict) -> float:
-    """Returns the seconds of a run at the best speed that its machine ever reached with this arm and width."""
+def seconds_of(rows: list[dict], row: dict) -> float | None:
+    """Returns the seconds of a run at the best speed of this arm and width on its machine, seen in runs that had a core
+    to themselves; None if there were none."""
     kind = [row[name] for name in ("arm", "width", "machine")]
-    same = [r["fastest"] for r in rows if [r[name] for name in ("arm", "width", "machine")] == kind]
-    return row["tokens"] / max(same)
+    same = [r for r in rows if [r[name] for name in ("arm", "width", "machine")] == kind and r.get("alone")]
+    return row["tokens"] / max(r["fastest"] for r in same) if same else None
 
 
 def compare(groups: dict, group: Group, minus: str) -> list[float]:
@@ -625,7 +626,8 @@ def write_tables(args, rows: list[dict]) -> list[str]:
     groups, budgets = group_rows(args, rows), sorted(args.budgets)
     done, left = open_specs(args, rows)
     page = [f"{len(done)} of {len(done) + len(left)} runs of the plan are done. Losses are nats per token of held-out"]
-    page += ["documents with causal routing; intervals are 95 % over seeds, differences paired by seed.", ""]
+    page += ["documents with causal routing; intervals are 95 % over seeds, differences paired by seed. Seconds are at"]
+    page += ["the best speed of runs that had a core to themselves, empty where none had.", ""]
     columns = [f"{budget:g}" for budget in budgets]
 
     lines = []
@@ -649,7 +651,8 @@ def write_tables(args, rows: list[dict]) -> list[str]:
     for group, seeds in groups.items():
         row, everyone = next(iter(seeds.values())), list(seeds.values())
         counts = [f"{x / 1e6:.2f}" for x in (row["params"], row["params_embedding"], row["tokens"])]
-        costs = [f"{row['flops_paper']:.3g}", f"{seconds_of(rows, row):.0f}"]
+        seconds = seconds_of(rows, row)
+        costs = [f"{row['flops_paper']:.3g}", f"{seconds:.0f}" if seconds else ""]
         topk = "" if row["topk"] is None else show_interval([r["topk"] for r in everyone])
         losses = [len(seeds), show_interval([loss_of(r) for r in everyone]), topk]
         share = "/".join(f"{x:.2f}" for x in row.get("selected", []))
@@ -704,7 +707,7 @@ def draw_losses(args, rows: list[dict], axes) -> None:
         for group, seeds in groups.items():
             if (group.arm, group.optimizer) == (arm, "adamw"):
                 row = next(iter(seeds.values()))
-                cost = row["flops"], seconds_of(rows, row), row["params"]
+                cost = row["flops"], seconds_of(rows, row) or math.nan, row["params"]
                 points.setdefault(group.budget, []).append((mean_loss(seeds), *cost))
         everyone = [point for same in points.values() for point in same]
         envelope = [min(same) for same in points.values()]

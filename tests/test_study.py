@@ -42,7 +42,9 @@ def read(place, *more):
 def made_up(args, arm, loss, lr=1.2e-2, seed=0, width=16, budget=1.2e9, optimizer="adamw", **more):
     """A row as a run leaves it, with this loss."""
     facts = study.describe_run(args, study.Spec(arm, width, budget, lr, optimizer, seed))[1]
-    results = dict(loss=loss, topk=None, fastest=1000, wall=10, machine="a", commit="c", date="d", command="x")
+    results = dict(
+        loss=loss, topk=None, fastest=1000, wall=10, alone=True, machine="a", commit="c", date="d", command="x"
+    )
     return facts | results | more
 
 
