@@ -36,7 +36,7 @@ import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,9 +154,12 @@ def count_costs(config: MoRConfig) -> dict:
     T = config.block_size
     with torch.device("meta"):
         model = MoR(config)
-    costs = dict(flops_per_token=model.flops_per_token(T, head=True))
-    costs |= dict(flops_per_token_paper=model.flops_per_token(T, head=True, convention="paper"))
-    return costs | dict(params=model.num_params(), params_embedding=model.num_params(embedding=True))
+    return dict(
+        flops_per_token=model.flops_per_token(T, head=True),
+        flops_per_token_paper=model.flops_per_token(T, head=True, convention="paper"),
+        params=model.num_params(),
+        params_embedding=model.num_params(embedding=True),
+    )
 
 
 def make_schedule(args, spec: Spec, flops_per_token: float) -> dict:
@@ -179,20 +182,20 @@ def describe_run(args, spec: Spec) -> tuple[list[str], dict]:
     default = MoRConfig.preset("nano")
     always = "n_layer d_model d_ff n_head n_kv_head n_recursion router".split()
     others = "sharing kv aux_coef capacity capacity_slack block_size".split()
-    fields = {name: getattr(config, name) for name in always + others}
-    fields = {name: value for name, value in fields.items() if name in always or value != getattr(default, name)}
+    given = {name: getattr(config, name) for name in always + others}
+    given = {name: value for name, value in given.items() if name in always or value != getattr(default, name)}
 
     # the three newest checkpoints at the end: the plateau's end, maybe one in the cool-down, the last
-    fields |= dict(optimizer=spec.optimizer, lr=spec.lr, seed=spec.seed, dtype="bf16", batch_tokens=args.batch_tokens)
-    fields |= times | dict(eval_every=times["steps"], eval_tokens=args.eval_tokens, keep=3)
-    fields |= dict(data=args.data, out=f"{args.out}/{spec.key}")
+    given |= dict(optimizer=spec.optimizer, lr=spec.lr, seed=spec.seed, dtype="bf16", batch_tokens=args.batch_tokens)
+    given |= times | dict(eval_every=times["steps"], eval_tokens=args.eval_tokens, keep=3)
+    given |= dict(data=args.data, out=f"{args.out}/{spec.key}")
     line = []
-    for name, value in fields.items():
+    for name, value in given.items():
         line += [flag(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     tokens = times["steps"] * args.batch_tokens
     facts = dict(key=spec.key) | vars(spec) | costs | times | dict(tokens=tokens)
-    facts |= dict(flops=3 * tokens * costs["flops_per_token"])
-    facts |= dict(flops_paper=3 * tokens * costs["flops_per_token_paper"])
+    facts["flops"] = 3 * tokens * costs["flops_per_token"]
+    facts["flops_paper"] = 3 * tokens * costs["flops_per_token_paper"]
     return line + shlex.split(args.extra), facts
 
 
@@ -276,6 +279,15 @@ def open_specs(args, rows: list[dict]) -> tuple[list[Spec], list[Spec]]:
     return done, [spec for spec in specs if spec not in done]
 
 
+def check_rows(args) -> None:
+    """Ends the program if the rows file holds runs of the same name that other flags made."""
+    for spec, row in ((Spec(*(row[f.name] for f in fields(Spec))), row) for row in read_rows(args.rows)):
+        facts = describe_run(args, spec)[1] | dict(eval_tokens=args.eval_tokens)
+        wrong = [f"{name} {row[name]} there, {value} here" for name, value in facts.items() if row[name] != value]
+        if wrong:
+            fail(f"{args.rows}, row {spec.key}: {', '.join(wrong)}: repeat its flags, or give other --rows and --out")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # running
 
@@ -326,11 +338,12 @@ def train_one(args, spec: Spec, lock) -> dict:
     line, row = describe_run(args, spec)
     out, shared = Path(args.out, spec.key), find_plateau(args, spec)
     more = ["--resume", str(shared)] if shared and not checkpoints(out) else []
-    log_file, start = Path(args.out, f"{spec.key}.log"), time.perf_counter()
+    log_file, start, before = Path(args.out, f"{spec.key}.log"), time.perf_counter(), os.times()
     with open(log_file, "ab") as log:
         command = [sys.executable, str(ROOT / "train.py"), *line, *more]
         status = wait_for(subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()]))
-    wall = time.perf_counter() - start
+    wall, after = time.perf_counter() - start, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
     text = log_file.read_text(errors="replace")
     metrics = read_metrics(out)
     last = next((r for r in metrics[::-1] if "val_loss" in r), {})
@@ -343,13 +356,13 @@ def train_one(args, spec: Spec, lock) -> dict:
     row |= dict(loss=last.get("val_loss"), topk=last.get("val_topk"), eval_tokens=args.eval_tokens)
     health = "val_loss_bpb selected selected_topk depth agreement dead maxvio entropy".split()
     row |= {name: last[name] for name in health if name in last}
-    row |= dict(
-        seconds=round(row["tokens"] / float(np.median(speeds)), 1), fastest=round(max(speeds)), wall=round(wall)
-    )
+    row |= dict(seconds=round(row["tokens"] / float(np.median(speeds)), 1), fastest=round(max(speeds)))
+    row |= dict(wall=round(wall), cpu=round(cpu), alone=torch.cuda.is_available() or cpu > 0.95 * wall)
     if not diverged:
         row |= examine(args, checkpoints(out)[-1])
     row |= dict(commit=name_commit(), command=shlex.join(["python", "train.py", *line]))
-    row |= dict(continued_from=shared.parent.name if more else None, machine=name_machine())
+    continued = shared and metrics[0]["step"] > step_of(shared)
+    row |= dict(continued_from=shared.parent.name if continued else None, machine=name_machine())
     row |= dict(threads=torch.get_num_threads(), torch=torch.__version__, data=args.meta)
     return row | dict(date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
 
@@ -474,6 +487,7 @@ def exit_by_confidence(model: MoR, rows: np.ndarray, limits: tuple = (1, 2, 3, 4
 
 def run(args) -> None:
     """Works through the plan until every run is done or has failed."""
+    check_rows(args)
     failed = {}
     while True:
         left = [s for s in open_specs(args, read_rows(args.rows))[1] if s.lr is not None and s.key not in failed]
@@ -576,11 +590,12 @@ def mean_loss(seeds: dict[int, dict]) -> float:
     return interval([loss_of(row) for row in seeds.values()])[0]
 
 
-def seconds_of(rows: list[dict], row: dict) -> float:
-    """Returns the seconds of a run at the best speed that its machine ever reached with this arm and width."""
+def seconds_of(rows: list[dict], row: dict) -> float | None:
+    """Returns the seconds of a run at the best speed of this arm and width on its machine, seen in runs that had a core
+    to themselves; None if there were none."""
     kind = [row[name] for name in ("arm", "width", "machine")]
-    same = [r["fastest"] for r in rows if [r[name] for name in ("arm", "width", "machine")] == kind]
-    return row["tokens"] / max(same)
+    same = [r for r in rows if [r[name] for name in ("arm", "width", "machine")] == kind and r.get("alone")]
+    return row["tokens"] / max(r["fastest"] for r in same) if same else None
 
 
 def compare(groups: dict, group: Group, minus: str) -> list[float]:
@@ -611,7 +626,8 @@ def write_tables(args, rows: list[dict]) -> list[str]:
     groups, budgets = group_rows(args, rows), sorted(args.budgets)
     done, left = open_specs(args, rows)
     page = [f"{len(done)} of {len(done) + len(left)} runs of the plan are done. Losses are nats per token of held-out"]
-    page += ["documents with causal routing; intervals are 95 % over seeds, differences paired by seed.", ""]
+    page += ["documents with causal routing; intervals are 95 % over seeds, differences paired by seed. Seconds are at"]
+    page += ["the best speed of runs that had a core to themselves, empty where none had.", ""]
     columns = [f"{budget:g}" for budget in budgets]
 
     lines = []
@@ -635,7 +651,8 @@ def write_tables(args, rows: list[dict]) -> list[str]:
     for group, seeds in groups.items():
         row, everyone = next(iter(seeds.values())), list(seeds.values())
         counts = [f"{x / 1e6:.2f}" for x in (row["params"], row["params_embedding"], row["tokens"])]
-        costs = [f"{row['flops_paper']:.3g}", f"{seconds_of(rows, row):.0f}"]
+        seconds = seconds_of(rows, row)
+        costs = [f"{row['flops_paper']:.3g}", f"{seconds:.0f}" if seconds else ""]
         topk = "" if row["topk"] is None else show_interval([r["topk"] for r in everyone])
         losses = [len(seeds), show_interval([loss_of(r) for r in everyone]), topk]
         share = "/".join(f"{x:.2f}" for x in row.get("selected", []))
@@ -690,7 +707,7 @@ def draw_losses(args, rows: list[dict], axes) -> None:
         for group, seeds in groups.items():
             if (group.arm, group.optimizer) == (arm, "adamw"):
                 row = next(iter(seeds.values()))
-                cost = row["flops"], seconds_of(rows, row), row["params"]
+                cost = row["flops"], seconds_of(rows, row) or math.nan, row["params"]
                 points.setdefault(group.budget, []).append((mean_loss(seeds), *cost))
         everyone = [point for same in points.values() for point in same]
         envelope = [min(same) for same in points.values()]

@@ -42,7 +42,9 @@ def read(place, *more):
 def made_up(args, arm, loss, lr=1.2e-2, seed=0, width=16, budget=1.2e9, optimizer="adamw", **more):
     """A row as a run leaves it, with this loss."""
     facts = study.describe_run(args, study.Spec(arm, width, budget, lr, optimizer, seed))[1]
-    results = dict(loss=loss, topk=None, fastest=1000, wall=10, machine="a", commit="c", date="d", command="x")
+    results = dict(
+        loss=loss, topk=None, fastest=1000, wall=10, alone=True, machine="a", commit="c", date="d", command="x"
+    )
     return facts | results | more
 
 
@@ -184,6 +186,17 @@ def test_a_torn_line_is_no_row_and_harms_no_other(tmp_path, torn):
     study.append_row(path, dict(key="c"))
     study.append_row(path, dict(key="d"))
     assert [row["key"] for row in study.read_rows(path)] == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize("flags", ["--layers 14", "--batch-tokens 32", "--budgets 1.2e9,9e8", "--eval-tokens 640"])
+def test_rows_of_other_flags_are_refused(place, capfd, tmp_path, flags):
+    rows = [made_up(read(place), "MoR-3", 3.0, eval_tokens=320)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    study.check_rows(read(place))
+    with pytest.raises(SystemExit):
+        study.main(["run", *place, *flags.split()])
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "there" in err and rows[0]["key"] in err, err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
