@@ -62,7 +62,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from decimal import Decimal
 from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -71,7 +70,7 @@ import numpy as np
 import tiktoken
 import tiktoken.load
 
-from cli import Parser, fail
+from cli import Parser, fail, spell, whole
 
 EOT = "<|endoftext|>"
 # GPT-2's split pattern in tiktoken's spelling: equivalent to the original and to HF's ByteLevel, but faster
@@ -144,17 +143,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{type(value).__name__} instead of an object")
     return value
-
-
-def whole(text: str) -> int:
-    """Returns the whole number of 64 bits that `text` spells, as 1000, 1e3 or 1_000. Raises ArgumentTypeError."""
-    try:
-        value = Decimal(text)
-        if -(2**63) <= value < 2**63 and value == value.to_integral_value():
-            return int(value)
-    except ArithmeticError:  # no number, or nan
-        pass
-    raise ArgumentTypeError(f"{text} is not a whole number of 64 bits (1000 or 1e3)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1527,13 +1515,6 @@ def parse_count(text: str) -> int:
     return value
 
 
-def spell_name(path: Path) -> str:
-    """Returns a name as the terminal can show it: backslashes for controls and for what its character set lacks."""
-    name = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return name.encode(encoding, "backslashreplace").decode(encoding)
-
-
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -1565,7 +1546,7 @@ def main() -> None:
     train = meta["train_tokens"]
     val = meta["val_tokens"]
     print(
-        f"{spell_name(args.out)}: {size / 1e6:.1f} MB of text in {seconds:.1f} s, {train:,} train and {val:,} val "
+        f"{spell(args.out)}: {size / 1e6:.1f} MB of text in {seconds:.1f} s, {train:,} train and {val:,} val "
         f"tokens, vocabulary {meta['vocab_size']}, {size / (train + val):.2f} bytes a token"
     )
 

@@ -40,7 +40,6 @@ import shutil
 import signal
 import socket
 import sys
-import sysconfig
 import time
 import warnings
 from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -69,7 +68,7 @@ from checkpoint import (
     write_state,
     written_at_once,
 )
-from cli import Parser, fail, flag
+from cli import Parser, check_compiler, fail, flag, spell, whole
 from config import CHOICES as MODEL_CHOICES
 from config import PRESETS, MoRConfig
 from eval import Measured, fractions, measure, rounded, router_metrics
@@ -177,16 +176,6 @@ class TrainConfig:
         return bad
 
 
-def parse_count(text: str) -> int:
-    """Returns a whole number, however it is written: 800, 8e2, 1_000."""
-    with suppress(ValueError):
-        return int(text)
-    with suppress(ValueError):
-        if float(text).is_integer():
-            return int(float(text))
-    raise ArgumentTypeError(f"{text!r} must be a whole number")
-
-
 def parse_numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(x) for x in text.split(","))
@@ -200,7 +189,7 @@ def parse_dtype(text: str) -> str:
     return text
 
 
-KINDS = dict(tuple=parse_numbers, float=float, int=parse_count, str=str)  # by the first of these in an annotation
+KINDS = dict(tuple=parse_numbers, float=float, int=whole, str=str)  # by the first of these in an annotation
 
 
 def make_parser() -> Parser:
@@ -316,7 +305,7 @@ class World:
         """Prints a line, unless its terminal is gone: that is no reason to lose a run."""
         if self.rank == 0:
             with suppress(OSError):
-                print(show_plainly(text), flush=True)
+                print(spell(text), flush=True)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over processes, in place."""
@@ -341,13 +330,6 @@ class World:
         if box[1] is not None:
             sys.exit(box[1])
         return box[0]
-
-
-def show_plainly(text: str) -> str:
-    """Returns text without what a terminal would obey or could not encode: names of files may hold anything."""
-    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def read_ranks() -> tuple[int, int, int] | None:
@@ -512,16 +494,6 @@ def warn_of_plan(cfg: TrainConfig, meta: dict) -> list[str]:
             " losses will not compare with the paper's; prepare with --tokenizer and SmolLM's directory"
         )
     return found
-
-
-def check_compiler() -> None:
-    """Ends the program if torch.compile would find no C++ compiler, or no header of Python, to build with."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as Inductor looks for it
-    if shutil.which(compiler) is None:
-        fail(f"--compile needs the C++ compiler {compiler}: apt-get install g++ (and unset CXX), or use --no-compile")
-    places = [sysconfig.get_path("include"), sysconfig.get_path("include", scheme="posix_prefix")]
-    if sys.platform == "linux" and not any(Path(place, "Python.h").exists() for place in places):
-        fail(f"--compile needs Python.h in {places[0]}: apt-get install python3-dev, or use --no-compile")
 
 
 def check_ids(cfg: TrainConfig, shards: tuple[Shards, ...], vocab_size: int, world: World) -> None:
@@ -1178,7 +1150,7 @@ def plot(run: Run, bigram: float) -> None:
         ax.plot(*np.array(points).reshape(-1, 2).T, style, label=label if points else None)
     ax.axhline(bigram, color="gray", ls=":", label="bigram model")
     ax.set(xlabel="step", ylabel="nats per token")
-    ax.set_title(show_plainly(f"{run.out.name}: {describe_model(run)}"), parse_math=False)  # a name may have a $
+    ax.set_title(spell(f"{run.out.name}: {describe_model(run)}"), parse_math=False)  # a name may have a $
     ax.legend()
     try:
         plt.savefig(run.out / "loss.png", dpi=120)
