@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import venv
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model, tiny
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import checkpoint
 import prepare
@@ -20,6 +24,7 @@ from eval import Scorer
 from generate import generate
 
 transformers = pytest.importorskip("transformers")
+from transformers.dynamic_module_utils import get_imports  # noqa: E402
 
 KINDS = {
     "expert": dict(n_recursion=3, router="expert"),
@@ -41,16 +46,38 @@ def write_run(path: Path, **fields):
     config = dict(model=model.config.asdict(), data=data, train=dict(data="nowhere"))
     with checkpoint.written_at_once(path / "ckpt_000003.pt") as f:
         checkpoint.write_state(f, dict(model=model.state_dict(), config=config, step=3))
-    rows = [dict(step=2, val_loss=8.25), dict(step=3, val_loss=6.75, val_loss_bpb=2.125), dict(step=3, lm=9.5)]
+    rows = [dict(step=2, val_loss=8.25), dict(step=3, val_loss=6.75, val_loss_bpb=2.125, selected=[1.0, 0.75, 0.5])]
+    rows.append(dict(step=3, lm=9.5))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "val_lo')
     return model
 
 
-# Runs in a process of its own, which has nothing of this repository: its modules are taken for absent.
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """The Python of a fresh environment that has torch, transformers and what these require, as links to this one's."""
+    root = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.create(root)
+    site = next(root.glob("lib/python*/site-packages"))
+    seen, todo = set(), ["torch", "transformers"]
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        package = metadata.distribution(name)
+        needs = map(Requirement, package.requires or [])
+        todo += [need.name for need in needs if need.marker is None or need.marker.evaluate(dict(extra=""))]
+        for top in {file.parts[0] for file in package.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(package.locate_file(top))
+    return root / "bin" / "python"
+
+
+# Runs there, in a process that has nothing of this repository.
 ELSEWHERE = """
 import sys
-for name in "checkpoint cli config cache ops model generate prepare eval tiktoken datasets matplotlib".split():
-    sys.modules[name] = None
+from importlib.util import find_spec
+assert not any(map(find_spec, "checkpoint model ops prepare tiktoken datasets accelerate".split()))
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,6 +106,8 @@ for side, (padded, mask) in dict(left=left, right=right).items():
     see(side, lambda: model(padded, attention_mask=mask, labels=padded))
     see(f"generated {side}", lambda: model.generate(padded, attention_mask=mask, **greedy))
 see("generated", lambda: model.generate(ids, **greedy))
+see("plain", lambda: model.mor.generate(ids, 9))
+see("shallow", lambda: model.generate(ids, **greedy, max_depth=1))
 see("uncached", lambda: model.generate(ids, **greedy, use_cache=False, slack=1e6))
 see("exact", lambda: model.generate(ids, **greedy, slack=1e6))
 see("sampled", lambda: model.generate(ids, do_sample=True, max_new_tokens=3, num_return_sequences=3).shape)
@@ -104,15 +133,16 @@ torch.save(found, "found.pt")
 """
 
 
-def run_elsewhere(tmp_path: Path, directory: Path, **given) -> dict:
+def run_elsewhere(python: Path, tmp_path: Path, directory: Path, **given) -> dict:
     home = tmp_path / "home"
     home.mkdir()
     (home / "script.py").write_text(ELSEWHERE)
     torch.save(dict(directory=str(directory), **given), home / "given.pt")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     env = kept | dict(HF_HOME=str(home / "hf"), HF_MODULES_CACHE=str(home / "modules"), HF_HUB_OFFLINE="1")
-    command = [sys.executable, "-I", "script.py"]
-    process = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=600)
+    process = subprocess.run(
+        [python, "-I", "script.py"], cwd=home, env=env, capture_output=True, text=True, timeout=600
+    )
     assert process.returncode == 0, process.stderr
     return torch.load(home / "found.pt", weights_only=False)
 
@@ -129,14 +159,14 @@ def pad(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_loads_it_without_this_repository(kind, tmp_path, capsys):
+def test_transformers_loads_it_without_this_repository(kind, python, tmp_path):
     model = write_run(tmp_path / "run", **KINDS[kind])
     directory = tmp_path / "mor-1.0"
     checkpoint.main(["export", str(tmp_path / "run"), str(directory)])
     ids = torch.randint(259, (2, 20), generator=torch.Generator().manual_seed(5))
     rows = [ids[0].tolist(), ids[1, :7].tolist()]
     left, right = pad(rows, "left"), pad(rows, "right")
-    found = run_elsewhere(tmp_path, directory, ids=ids, left=left, right=right, text=TEXT)
+    found = run_elsewhere(python, tmp_path, directory, ids=ids, left=left, right=right, text=TEXT)
     assert str(tmp_path / "home" / "modules") in found["where"]
 
     with torch.no_grad():
@@ -163,7 +193,9 @@ def test_transformers_loads_it_without_this_repository(kind, tmp_path, capsys):
         assert [row[len(mask[0]) :].tolist() for row in found[f"generated {name}"]] == ours
 
     # generation
-    assert found["generated"][:, 20:].tolist() == generate(model, ids.tolist(), 9, compile=False).tokens
+    usual = generate(model, ids.tolist(), 9, compile=False).tokens
+    assert found["generated"][:, 20:].tolist() == usual == found["plain"]
+    assert found["shallow"][:, 20:].tolist() == generate(model, ids.tolist(), 9, compile=False, max_depth=1).tokens
     exact = generate(model, ids.tolist(), 9, compile=False, slack=1e6).tokens
     assert found["exact"][:, 20:].tolist() == exact == found["uncached"][:, 20:].tolist()
     assert found["long"] == model.config.block_size
@@ -177,6 +209,7 @@ def test_transformers_loads_it_without_this_repository(kind, tmp_path, capsys):
     for place in (directory, tmp_path / "mor-1.0-again"):
         ours = from_pretrained(place).eval()
         assert ours.config == model.config and torch.equal(ours(ids).logits, model(ids).logits)
+        assert {file.stem for file in place.glob("*.py")} == set(checkpoint.HUB_FILES)
 
 
 @pytest.mark.parametrize("kind", ["expert", "token"])
@@ -211,8 +244,13 @@ def test_what_the_directory_says_of_itself(tmp_path, capsys):
     model = write_run(tmp_path / "run", **KINDS["expert"])
     checkpoint.export(str(tmp_path / "run"), tmp_path / "mor")
     card = (tmp_path / "mor" / "README.md").read_text()
-    assert "6.7500 nats" in card and "2.1250 bits" in card and "8.25" not in card and "trust_remote_code" in card
+    assert "trust_remote_code" in card
+    assert "6.7500 nats per token, 2.1250 bits" in card and "2.25 rec" in card and "8.25" not in card
     assert f"{model.num_params(embedding=True):,}" in card
+    for file in (tmp_path / "mor").glob(
+        "*.py"
+    ):  # as the hub's check has it, whose first demand is that these are there
+        assert set(get_imports(file)) <= {"torch", "transformers"} | sys.stdlib_module_names
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "mor")
     assert generation.eos_token_id == generation.pad_token_id == 259
 
