@@ -2,7 +2,7 @@
 
     model, meta, checkpoint = load_run("out/demo")          # a run directory, or a ckpt_*.pt file
     model = from_pretrained("SmolLM-360M", n_recursion=2)   # a Hugging Face Llama; the authors'; what `export` wrote
-    export("out/demo", Path("exported"))                    # safetensors, config.json, tokenizer.json
+    export("out/demo", Path("exported"))                    # for transformers; python checkpoint.py export does it
 
 The reader and the writer of each layout stand side by side here.
 """
@@ -574,7 +574,7 @@ def describe_run(run: str, model: MoR, checkpoint: dict, name: str) -> str:
     c, data = model.config, checkpoint["config"]["data"]
     step = checkpoint.get("step", 0)
     facts = {
-        "parameters": f"{model.num_params(embedding=True):,}, {model.num_params():,} without embedding and head",
+        "parameters": f"{model.num_params(True):,}, {model.num_params():,} of them without embedding and head",
         "layers": f"{c.n_layer} for a token of full depth",
         "recursions": f"up to {c.n_recursion} of a block of {c.n_block} layers",
         "router": c.router,
@@ -582,17 +582,20 @@ def describe_run(run: str, model: MoR, checkpoint: dict, name: str) -> str:
         "vocabulary": f"{c.vocab_size}, tokenizer {data['tokenizer']}",
         "training": f"{step} steps",
     }
+    if "batch_tokens" in checkpoint["config"]["train"]:
+        facts["training"] += f" of {checkpoint['config']['train']['batch_tokens']:,} tokens"
     if c.router != "none":
         facts["capacities"] = ", ".join(f"{x:.3g}" for x in c.capacities)
 
     # only what was measured on these very weights
     measured = find_metrics(run, step)
-    routings = {"val_loss": "causal routing, as in use", "val_topk": "top-k routing, as in training"}
-    for key, routing in routings.items():
+    for key, routing in (("val_loss", "causal"), ("val_topk", "top-k")):
         if key in measured:
-            facts[f"validation loss, {routing}"] = f"{measured[key]:.4f} nats per token"
-        if f"{key}_bpb" in measured:
-            facts[f"the same, {routing}"] = f"{measured[key + '_bpb']:.4f} bits per byte"
+            loss = f"{measured[key]:.4f} nats per token"
+            bpb = measured.get(f"{key}_bpb")
+            facts[f"validation, {routing} routing"] = loss if bpb is None else f"{loss}, {bpb:.4f} bits per byte"
+    if "selected" in measured:
+        facts["mean depth in validation"] = f"{sum(measured['selected']):.2f} recursions"
     table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     trust = "" if c.router == "none" and not c.qk_norm else ", trust_remote_code=True"
     return MODEL_CARD.format(name=name, trust=trust, table=table)

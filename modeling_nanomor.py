@@ -197,16 +197,23 @@ class NanoMoRForCausalLM(PreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: MoRCache | None = None,
         attention_mask: Tensor | None = None,
+        logits_to_keep: int = 1,
+        threshold: float = 0.5,
+        max_depth: int | None = None,
         slack: float | None = None,
         **options,
     ) -> dict:
-        """Returns the arguments of `forward` for the next tokens. `slack`, the cache's room, is spent by then."""
+        """Returns the arguments of `forward` for the next tokens. `slack` is for the cache, which is there by then."""
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        names = ("logits_to_keep", "threshold", "max_depth", "use_cache")
-        given = {name: options[name] for name in names if name in options}
-        ids, mask = input_ids.to(self.device), attention_mask
-        return dict(input_ids=ids, attention_mask=mask, past_key_values=past_key_values, **given)
+        return dict(
+            input_ids=input_ids.to(self.device),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            threshold=threshold,
+            max_depth=max_depth,
+        )
 
     def _prepare_generated_length(self, *args, **kwargs) -> GenerationConfig:
         """Ends generation where the context does."""

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import venv
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +14,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model, tiny
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import checkpoint
 import prepare
-from checkpoint import from_pretrained
+from checkpoint import from_pretrained, open_model
 from eval import Scorer
 from generate import generate
 
 transformers = pytest.importorskip("transformers")
+from transformers.dynamic_module_utils import get_imports  # noqa: E402
 
 KINDS = {
     "expert": dict(n_recursion=3, router="expert"),
@@ -41,80 +46,107 @@ def write_run(path: Path, **fields):
     config = dict(model=model.config.asdict(), data=data, train=dict(data="nowhere"))
     with checkpoint.written_at_once(path / "ckpt_000003.pt") as f:
         checkpoint.write_state(f, dict(model=model.state_dict(), config=config, step=3))
-    rows = [dict(step=2, val_loss=8.25), dict(step=3, val_loss=6.75, val_loss_bpb=2.125), dict(step=3, lm=9.5)]
+    rows = [dict(step=2, val_loss=8.25), dict(step=3, val_loss=6.75, val_loss_bpb=2.125, selected=[1.0, 0.75, 0.5])]
+    rows.append(dict(step=3, lm=9.5))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "val_lo')
     return model
 
 
-# Runs in a process of its own, which has nothing of this repository: its modules are taken for absent.
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """The Python of a fresh environment that has torch, transformers and what these require, as links to this one's."""
+    root = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.create(root)
+    site = next(root.glob("lib/python*/site-packages"))
+    seen, todo = set(), ["torch", "transformers"]
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        package = metadata.distribution(name)
+        needs = map(Requirement, package.requires or [])
+        todo += [need.name for need in needs if need.marker is None or need.marker.evaluate(dict(extra=""))]
+        for top in {file.parts[0] for file in package.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(package.locate_file(top))
+    return root / "bin" / "python"
+
+
+# Runs there, in one process that has nothing of this repository, for one directory after the other.
 ELSEWHERE = """
 import sys
-for name in "checkpoint cli config cache ops model generate prepare eval tiktoken datasets matplotlib".split():
-    sys.modules[name] = None
+from importlib.util import find_spec
+assert not any(map(find_spec, "checkpoint model ops prepare tiktoken datasets accelerate".split()))
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-given = torch.load("given.pt")
-again = given["directory"] + "-again"
-load = lambda path, **options: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
-model = load(given["directory"])
-ids, left, right = given["ids"], given["left"], given["right"]
-greedy = dict(max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
-found = {}
+def load(path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
 
-def see(name, function):
-    with torch.no_grad():
-        found[name] = function()
+def visit(directory, ids, padded, text):
+    model = load(directory)
+    greedy = dict(max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    write = lambda x=ids, **options: model.generate(x, **greedy | options).tolist()
+    found = dict(where=sys.modules[type(model.mor).__module__].__file__)
 
-def refused(**options):
+    out = model(ids, labels=ids)
+    found |= dict(logits=out.logits, loss=out.loss, last=model(ids, logits_to_keep=1).logits)
+    for side, (x, mask) in padded.items():
+        out = model(x, attention_mask=mask, labels=x)
+        found[side] = out.logits, out.loss, write(x, attention_mask=mask)
+    model.train()
+    found["training loss"] = model(ids, labels=ids).loss
+    model.eval()
+
+    found |= dict(plain=model.mor.generate(ids, 9), generated=write(), long=write(max_new_tokens=99))
+    found |= dict(exact=write(slack=1e6), uncached=write(use_cache=False), shallow=write(max_depth=1))
+    found["sampled"] = write(do_sample=True, num_return_sequences=3)
     try:
-        model.generate(ids, max_new_tokens=4, **options)
+        write(num_beams=3)
     except ValueError as e:
-        return str(e)
+        found["beams"] = str(e)
+    cached = model(ids[:, :5], use_cache=True)
+    steps = [model(ids[:, t : t + 1], past_key_values=cached.past_key_values).logits for t in range(5, 8)]
+    found["cached"] = torch.cat([cached.logits, *steps], 1)
 
-see("logits", lambda: model(ids).logits)
-see("last", lambda: model(ids, logits_to_keep=1).logits)
-see("loss", lambda: model(ids, labels=ids).loss)
-for side, (padded, mask) in dict(left=left, right=right).items():
-    see(side, lambda: model(padded, attention_mask=mask, labels=padded))
-    see(f"generated {side}", lambda: model.generate(padded, attention_mask=mask, **greedy))
-see("generated", lambda: model.generate(ids, **greedy))
-see("uncached", lambda: model.generate(ids, **greedy, use_cache=False, slack=1e6))
-see("exact", lambda: model.generate(ids, **greedy, slack=1e6))
-see("sampled", lambda: model.generate(ids, do_sample=True, max_new_tokens=3, num_return_sequences=3).shape)
-see("long", lambda: model.generate(ids[:1], **greedy | dict(max_new_tokens=500)).shape[1])
-cached = model(ids[:, :5], use_cache=True)
-steps = [model(ids[:, t : t + 1], past_key_values=cached.past_key_values).logits for t in range(5, 8)]
-found["cached"] = torch.cat([cached.logits.detach(), *steps], 1)
-found["beams"] = refused(num_beams=3)
-model.train()
-found["training loss"] = model(ids, labels=ids).loss.detach()
-model.eval()
+    half = load(directory, dtype=torch.bfloat16).mor
+    found["half"] = half.wte.weight.dtype, half.rope
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    found["tokens"] = tokenizer(text).input_ids, tokenizer.eos_token_id
+    model.save_pretrained(directory + "-again")
+    tokenizer.save_pretrained(directory + "-again")
+    found["again"] = load(directory + "-again")(ids).logits
+    return found
 
-half = load(given["directory"], dtype=torch.bfloat16)
-found["half"] = (half.mor.wte.weight.dtype, half.mor.rope)
-tokenizer = AutoTokenizer.from_pretrained(given["directory"])
-found["tokens"] = tokenizer(given["text"]).input_ids, tokenizer.eos_token_id
-model.save_pretrained(again)
-tokenizer.save_pretrained(again)
-see("again", lambda: load(again)(ids).logits)
-found["where"] = sys.modules[type(model.mor).__module__].__file__
-found = {name: dict(x) if hasattr(x, "keys") else x for name, x in found.items()}
-torch.save(found, "found.pt")
+with torch.no_grad():
+    torch.save([visit(**given) for given in torch.load("given.pt")], "found.pt")
 """
 
 
-def run_elsewhere(tmp_path: Path, directory: Path, **given) -> dict:
-    home = tmp_path / "home"
-    home.mkdir()
+@pytest.fixture(scope="module")
+def elsewhere(python, tmp_path_factory) -> tuple[Path, dict]:
+    """Returns (directory, kind -> (model, inputs, what they gave elsewhere)), with all exports in the directory."""
+    home = tmp_path_factory.mktemp("elsewhere")
     (home / "script.py").write_text(ELSEWHERE)
-    torch.save(dict(directory=str(directory), **given), home / "given.pt")
+    models, given = [], []
+    for kind, fields in KINDS.items():
+        models.append(write_run(home / f"run-{kind}", **fields))
+        directory = home / f"{kind}-1.0"
+        checkpoint.main(["export", str(home / f"run-{kind}"), str(directory)])
+        ids = torch.randint(259, (2, 20), generator=torch.Generator().manual_seed(5))
+        rows = [ids[0].tolist(), ids[1, :7].tolist()]
+        padded = {side: pad(rows, side) for side in ("left", "right")}
+        given.append(dict(directory=str(directory), ids=ids, padded=padded, text=TEXT))
+    torch.save(given, home / "given.pt")
+
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     env = kept | dict(HF_HOME=str(home / "hf"), HF_MODULES_CACHE=str(home / "modules"), HF_HUB_OFFLINE="1")
-    command = [sys.executable, "-I", "script.py"]
+    command = [python, "-I", "script.py"]
     process = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
-    return torch.load(home / "found.pt", weights_only=False)
+    found = torch.load(home / "found.pt")
+    return home, dict(zip(KINDS, zip(models, given, found, strict=True), strict=True))
 
 
 def pad(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,54 +161,70 @@ def pad(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_loads_it_without_this_repository(kind, tmp_path, capsys):
-    model = write_run(tmp_path / "run", **KINDS[kind])
-    directory = tmp_path / "mor-1.0"
-    checkpoint.main(["export", str(tmp_path / "run"), str(directory)])
-    ids = torch.randint(259, (2, 20), generator=torch.Generator().manual_seed(5))
-    rows = [ids[0].tolist(), ids[1, :7].tolist()]
-    left, right = pad(rows, "left"), pad(rows, "right")
-    found = run_elsewhere(tmp_path, directory, ids=ids, left=left, right=right, text=TEXT)
-    assert str(tmp_path / "home" / "modules") in found["where"]
-
+def test_logits_and_losses_elsewhere(kind, elsewhere):
+    home, results = elsewhere
+    model, given, found = results[kind]
+    ids = given["ids"]
+    assert Path(found["where"]).is_relative_to(home / "modules")
     with torch.no_grad():
-        out = model(ids, labels=ids)
+        out = model.eval()(ids, labels=ids)
         trained = model.train()(ids, labels=ids).loss
     model.eval()
     close = dict(atol=1e-4, rtol=0)
-    torch.testing.assert_close(found["logits"], out.logits, **close)
-    torch.testing.assert_close(found["last"], out.logits[:, -1:], **close)
-    torch.testing.assert_close(found["again"], out.logits, **close)
+    for name, expected in dict(logits=out.logits, last=out.logits[:, -1:], cached=out.logits[:, :8]).items():
+        torch.testing.assert_close(found[name], expected, **close)
     torch.testing.assert_close(found["loss"], out.loss, **close)
     torch.testing.assert_close(found["training loss"], trained, **close)
-    torch.testing.assert_close(found["cached"], out.logits[:, :8], **close)
-
-    # a padded row is what it is alone
-    for name, (_, mask) in dict(left=left, right=right).items():
-        nll = 0.0
-        for i, row in enumerate(rows):
-            alone = model(torch.tensor([row])).logits[0].detach()
-            torch.testing.assert_close(found[name]["logits"][i][mask[i].bool()], alone, **close)
-            nll += F.cross_entropy(alone[:-1], torch.tensor(row[1:]), reduction="sum")
-        torch.testing.assert_close(found[name]["loss"], nll / sum(len(row) - 1 for row in rows), **close)
-        ours = generate(model, rows, 9, compile=False).tokens
-        assert [row[len(mask[0]) :].tolist() for row in found[f"generated {name}"]] == ours
-
-    # generation
-    assert found["generated"][:, 20:].tolist() == generate(model, ids.tolist(), 9, compile=False).tokens
-    exact = generate(model, ids.tolist(), 9, compile=False, slack=1e6).tokens
-    assert found["exact"][:, 20:].tolist() == exact == found["uncached"][:, 20:].tolist()
-    assert found["long"] == model.config.block_size
-    assert "num_beams=1" in found["beams"] and len(found["sampled"]) == 2 and found["sampled"][0] == 6
-
     dtype, rope = found["half"]
     assert dtype == torch.bfloat16 and rope.dtype == torch.float32
     torch.testing.assert_close(rope, model.rope)
-    enc = prepare.load_tokenizer(tmp_path / "run" / "own.tiktoken")
+
+    # a padded row is what it is alone
+    for side, (padded, mask) in given["padded"].items():
+        logits, loss, _ = found[side]
+        nll = []
+        for i, real in enumerate(mask.bool()):
+            row = padded[i, real]
+            alone = model(row[None]).logits[0].detach()
+            torch.testing.assert_close(logits[i, real], alone, **close)
+            nll.append(F.cross_entropy(alone[:-1], row[1:], reduction="none"))
+        torch.testing.assert_close(loss, torch.cat(nll).mean(), **close)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_elsewhere(kind, elsewhere):
+    home, results = elsewhere
+    model, given, found = results[kind]
+    rows = given["ids"].tolist()
+
+    def write(**options) -> list[list[int]]:
+        new = generate(model, rows, 9, compile=False, **options).tokens
+        return [prompt + tokens for prompt, tokens in zip(rows, new, strict=True)]
+
+    assert found["generated"] == write() and [row[20:] for row in write()] == found["plain"]
+    assert found["exact"] == found["uncached"] == write(slack=1e6)
+    assert found["shallow"] == write(max_depth=1)
+    for side, (padded, mask) in given["padded"].items():
+        prompts = [x[real].tolist() for x, real in zip(padded, mask.bool(), strict=True)]
+        assert [row[20:] for row in found[side][2]] == generate(model, prompts, 9, compile=False).tokens
+    assert [len(row) for row in found["long"]] == [model.config.block_size] * 2
+    assert [row[:20] for row in found["sampled"]] == [row for row in rows for _ in range(3)]
+    assert "num_beams=1" in found["beams"]
+    enc = prepare.load_tokenizer(home / f"run-{kind}" / "own.tiktoken")
     assert found["tokens"] == (enc.encode_ordinary(TEXT), 259)
-    for place in (directory, tmp_path / "mor-1.0-again"):
-        ours = from_pretrained(place).eval()
-        assert ours.config == model.config and torch.equal(ours(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_elsewhere_and_read_here(kind, elsewhere):
+    home, results = elsewhere
+    model, given, found = results[kind]
+    logits = model.eval()(given["ids"]).logits
+    torch.testing.assert_close(found["again"], logits, atol=1e-4, rtol=0)
+    for place in (home / f"{kind}-1.0", home / f"{kind}-1.0-again"):
+        ours, enc, _ = open_model(place)
+        assert ours.config == model.config and torch.equal(ours(given["ids"]).logits, logits)
+        assert enc.encode_ordinary(TEXT) == found["tokens"][0]
+        assert {file.stem for file in place.glob("*.py")} == set(checkpoint.HUB_FILES)
 
 
 @pytest.mark.parametrize("kind", ["expert", "token"])
@@ -211,8 +259,13 @@ def test_what_the_directory_says_of_itself(tmp_path, capsys):
     model = write_run(tmp_path / "run", **KINDS["expert"])
     checkpoint.export(str(tmp_path / "run"), tmp_path / "mor")
     card = (tmp_path / "mor" / "README.md").read_text()
-    assert "6.7500 nats" in card and "2.1250 bits" in card and "8.25" not in card and "trust_remote_code" in card
+    assert "trust_remote_code" in card
+    assert "6.7500 nats per token, 2.1250 bits" in card and "2.25 rec" in card and "8.25" not in card
     assert f"{model.num_params(embedding=True):,}" in card
+    for file in (tmp_path / "mor").glob(
+        "*.py"
+    ):  # as the hub's check has it, whose first demand is that these are there
+        assert set(get_imports(file)) <= {"torch", "transformers"} | sys.stdlib_module_names
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "mor")
     assert generation.eos_token_id == generation.pad_token_id == 259
 
