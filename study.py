@@ -719,6 +719,7 @@ def draw_losses(args, rows: list[dict], axes) -> None:
     names = "training FLOPs", "seconds at the best speed", "parameters without embedding"
     for axis, name in zip(axes, names, strict=True):
         axis.set(xscale="log", xlabel=name, ylabel="nats per token")
+    axes[0].set_xlim(min(args.budgets) / 2, max(args.budgets) * 2)
     axes[0].legend(frameon=False, fontsize=8)
 
 
@@ -830,7 +831,7 @@ def read_flags(argv: list[str] | None):
     add("--main", type=int, default=96, help="width of all but the comparison of widths (default: 96)")
     add("--layers", type=int, default=8, help="unrolled layers: 8, 14, 20, 26 or 32 (default: 8)")
     add("--budgets", type=numbers(float), default=[1e13, 3e13, 1e14, 3e14], help="FLOPs (default: 1e13,3e13,1e14,3e14)")
-    add("--rates", type=numbers(float), default=[1.5e-3, 3e-3, 6e-3], help="of the sweep (default: 1.5e-3,3e-3,6e-3)")
+    add("--rates", type=numbers(float), default=[3e-3, 6e-3, 1.2e-2], help="of the sweep (default: 3e-3,6e-3,1.2e-2)")
     add("--block-size", type=int, default=256, help="context (default: 256)")
     add("--batch-tokens", type=int, default=1024, help="tokens a step (default: 1024)")
     add("--eval-tokens", type=int, default=131072, help="of held-out documents (default: 131072)")
