@@ -336,35 +336,47 @@ def find_plateau(args, spec: Spec) -> Path | None:
 def train_one(args, spec: Spec, lock) -> dict:
     """Trains one run, or what is left of it -> its row. Raises RuntimeError where train.py fails."""
     line, row = describe_run(args, spec)
-    out, shared = Path(args.out, spec.key), find_plateau(args, spec)
+    out = Path(args.out, spec.key)
+    shared = find_plateau(args, spec)
     more = ["--resume", str(shared)] if shared and not checkpoints(out) else []
-    log_file, start, before = Path(args.out, f"{spec.key}.log"), time.perf_counter(), os.times()
+    log_file = Path(args.out, f"{spec.key}.log")
+    start, before = time.perf_counter(), os.times()
     with open(log_file, "ab") as log:
         command = [sys.executable, str(ROOT / "train.py"), *line, *more]
         status = wait_for(subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()]))
     wall, after = time.perf_counter() - start, os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    text = log_file.read_text(errors="replace")
+
+    # a run that diverged is a result too
     metrics = read_metrics(out)
     last = next((r for r in metrics[::-1] if "val_loss" in r), {})
+    text = log_file.read_text(errors="replace")
     diverged = status != 0 and "updates in a row were not finite" in text[-3000:]
     if not diverged and (status != 0 or last.get("step") != row["steps"]):
         raise RuntimeError(f"train.py ended with status {status}: {' '.join(text.splitlines()[-1:])}")
 
-    # speed: pauses and other programs slow a run down, so its best 20 steps say most about the machine
-    speeds = [r["tokens_per_second"] for r in metrics if "tokens_per_second" in r]
-    row |= dict(loss=last.get("val_loss"), topk=last.get("val_topk"), eval_tokens=args.eval_tokens)
     health = "val_loss_bpb selected selected_topk depth agreement dead maxvio entropy".split()
+    row |= dict(loss=last.get("val_loss"), topk=last.get("val_topk"), eval_tokens=args.eval_tokens)
     row |= {name: last[name] for name in health if name in last}
-    row |= dict(seconds=round(row["tokens"] / float(np.median(speeds)), 1), fastest=round(max(speeds)))
-    row |= dict(wall=round(wall), cpu=round(cpu), alone=torch.cuda.is_available() or cpu > 0.95 * wall)
     if not diverged:
         row |= examine(args, checkpoints(out)[-1])
-    row |= dict(commit=name_commit(), command=shlex.join(["python", "train.py", *line]))
+    speeds = [r["tokens_per_second"] for r in metrics if "tokens_per_second" in r]
     continued = shared and metrics[0]["step"] > step_of(shared)
-    row |= dict(continued_from=shared.parent.name if continued else None, machine=name_machine())
-    row |= dict(threads=torch.get_num_threads(), torch=torch.__version__, data=args.meta)
-    return row | dict(date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
+    return row | dict(
+        seconds=round(row["tokens"] / float(np.median(speeds)), 1),
+        fastest=round(max(speeds)),  # of any 20 steps: pauses and other programs only slow a run down
+        wall=round(wall),
+        cpu=round(cpu),
+        alone=torch.cuda.is_available() or cpu > 0.95 * wall,
+        commit=name_commit(),
+        command=shlex.join(["python", "train.py", *line]),
+        continued_from=shared.parent.name if continued else None,
+        machine=name_machine(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        data=args.meta,
+        date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+    )
 
 
 def wait_for(child: subprocess.Popen) -> int:
@@ -419,9 +431,9 @@ def predict(model: MoR, rows: np.ndarray, **knobs) -> tuple[np.ndarray, np.ndarr
         out = model(block[:, :-1], routing="causal", **knobs)
         logp = out.logits.log_softmax(-1)
         loss = -logp.gather(-1, block[:, 1:, None])[..., 0]
-        parts.append((loss, -(logp.exp() * logp).sum(-1), out.depth))
-    loss, entropy, depth = zip(*parts, strict=True)
-    return torch.cat(loss).numpy(), torch.cat(entropy).numpy(), torch.cat(depth).numpy()
+        entropy = -(logp.exp() * logp).sum(-1)
+        parts.append(torch.stack([loss, entropy, out.depth.float()]))
+    return tuple(torch.cat(parts, 1).numpy())
 
 
 def classify_tokens(args, vocab_size: int) -> np.ndarray:
@@ -455,15 +467,17 @@ def relate_depth(model: MoR, rows: np.ndarray, classes: np.ndarray) -> dict:
 def correlate_ranks(a: np.ndarray, b: np.ndarray, strata: np.ndarray) -> float | None:
     """Returns the correlation of the ranks that a and b have in their stratum, ties sharing theirs; None where one of
     them never varies."""
-    ranks = np.zeros((2, a.size))
+    ranks = np.zeros((2, a.size))  # from -1/2 to 1/2
     for stratum in np.unique(strata):
         here = strata.ravel() == stratum
+        n = here.sum()
         for i, x in enumerate((a, b)):
             _, which, counts = np.unique(x.ravel()[here], return_inverse=True, return_counts=True)
             rank = counts.cumsum() - (counts - 1) / 2
-            ranks[i, here] = (rank[which] - (here.sum() + 1) / 2) / here.sum()
-    spread = math.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
-    return float((ranks[0] * ranks[1]).sum() / spread) if spread else None
+            ranks[i, here] = (rank[which] - (n + 1) / 2) / n
+    products = ranks @ ranks.T
+    spread = math.sqrt(products[0, 0] * products[1, 1])
+    return float(products[0, 1] / spread) if spread else None
 
 
 def exit_by_confidence(model: MoR, rows: np.ndarray, limits: tuple = (1, 2, 3, 4, 5, 6)) -> list[dict]:
@@ -473,14 +487,19 @@ def exit_by_confidence(model: MoR, rows: np.ndarray, limits: tuple = (1, 2, 3, 4
     c = model.config
     looks = [predict(model, rows, max_depth=depth) for depth in range(1, c.n_recursion + 1)]
     losses, entropies, _ = zip(*looks, strict=True)
+    # a look costs the last layer, as much as one of the block, and the head
     T, found = c.block_size, []
-    none, one = (model.flops_per_token(T, fractions=[x] + [0.0] * (c.n_recursion - 1)) for x in (0.0, 1.0))
-    look = (one - none) / c.n_block * (1 if c.n_unshared else 0) + 2 * c.d_model * c.vocab_size
+    block = model.flops_per_token(T) - model.flops_per_token(T, fractions=[1.0] * (c.n_recursion - 1) + [0.0])
+    look = 2 * c.d_model * c.vocab_size
+    if c.n_unshared:
+        look += block / c.n_block
     for limit in limits:
-        sure = np.stack([*(e < limit for e in entropies[:-1]), np.ones_like(entropies[0], bool)])
+        sure = np.stack(entropies) < limit
+        sure[-1] = True
         at = sure.argmax(0)  # [E, T] the first depth, from 0, that is sure
         nll = np.take_along_axis(np.stack(losses), at[None], 0).mean(dtype=float)
-        cost = model.flops_per_token(T, head=True, fractions=fractions(at + 1, c.n_recursion)) + at.mean() * look
+        share = fractions(at + 1, c.n_recursion)
+        cost = model.flops_per_token(T, head=True, fractions=share) + at.mean() * look
         found.append(dict(limit=limit, nll=nll, flops_per_token=cost, depth=at.mean() + 1))
     return found
 
@@ -600,8 +619,10 @@ def seconds_of(rows: list[dict], row: dict) -> float | None:
 
 def compare(groups: dict, group: Group, minus: str) -> list[float]:
     """Returns the differences of causal loss to the arm `minus`, one for each seed that both have."""
-    a, b = groups.get(group, {}), groups.get(replace(group, arm=minus), {})
-    return [loss_of(a[seed]) - loss_of(b[seed]) for seed in sorted(a.keys() & b.keys())]
+    ours = groups.get(group, {})
+    theirs = groups.get(replace(group, arm=minus), {})
+    both = sorted(ours.keys() & theirs.keys())
+    return [loss_of(ours[seed]) - loss_of(theirs[seed]) for seed in both]
 
 
 def compared(args, groups: dict) -> list[tuple[str, str, str, list[list[float]]]]:
@@ -719,6 +740,7 @@ def draw_losses(args, rows: list[dict], axes) -> None:
     names = "training FLOPs", "seconds at the best speed", "parameters without embedding"
     for axis, name in zip(axes, names, strict=True):
         axis.set(xscale="log", xlabel=name, ylabel="nats per token")
+    axes[0].set_xlim(min(args.budgets) / 2, max(args.budgets) * 2)
     axes[0].legend(frameon=False, fontsize=8)
 
 
@@ -830,7 +852,7 @@ def read_flags(argv: list[str] | None):
     add("--main", type=int, default=96, help="width of all but the comparison of widths (default: 96)")
     add("--layers", type=int, default=8, help="unrolled layers: 8, 14, 20, 26 or 32 (default: 8)")
     add("--budgets", type=numbers(float), default=[1e13, 3e13, 1e14, 3e14], help="FLOPs (default: 1e13,3e13,1e14,3e14)")
-    add("--rates", type=numbers(float), default=[1.5e-3, 3e-3, 6e-3], help="of the sweep (default: 1.5e-3,3e-3,6e-3)")
+    add("--rates", type=numbers(float), default=[3e-3, 6e-3, 1.2e-2], help="of the sweep (default: 3e-3,6e-3,1.2e-2)")
     add("--block-size", type=int, default=256, help="context (default: 256)")
     add("--batch-tokens", type=int, default=1024, help="tokens a step (default: 1024)")
     add("--eval-tokens", type=int, default=131072, help="of held-out documents (default: 131072)")
