@@ -58,12 +58,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import prepare
-from checkpoint import export
+from checkpoint import export, open_model
 from cli import Parser, fail, open_device
 from generate import Decoder, generate
-from model import MoR, MoRConfig, Pass
-from prepare import Shards, load_meta, load_tokenizer
-from sample import check_writable, open_model, read_text, whole
+from model import MoR, MoRConfig
+from prepare import Shards, encode, load_meta, load_tokenizer, read_text, whole
+from sample import check_writable
 from show import make_labeller, make_visible, read_passage, routing_heatmap, token_bytes, write_page
 
 THRESHOLDS = (0.01, 0.1, 0.5, 0.9, 0.99)
@@ -508,7 +508,7 @@ class Scorer:
         T = self.model.config.block_size
         windows, owners = [], []
         for owner, request in enumerate(requests):
-            tokens = [self.enc.eot_token, *self.enc.encode_ordinary(request.args[0])]
+            tokens = [self.enc.eot_token, *encode(self.enc, request.args[0])]
             for start in range(1, len(tokens), T):
                 end = min(start + T, len(tokens))
                 windows.append((tokens[max(0, end - T - 1) : start], tokens[start:end]))
@@ -526,7 +526,7 @@ class Scorer:
             sampled = options.get("do_sample", options.get("temperature", 0.0) > 0)
             temperature = options.get("temperature", 1.0) if sampled else 0.0
             most = options.get("max_gen_toks", 256)
-            ids = self.enc.encode_ordinary(context) or [self.enc.eot_token]
+            ids = encode(self.enc, context) or [self.enc.eot_token]
             ids = ids[-max(T // 2, T - most) :]  # generation ends where the context does
             jobs.append((most, temperature, len(ids), i, ids))
 
@@ -554,10 +554,10 @@ class Scorer:
         continuation."""
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
-        ids = self.enc.encode_ordinary(bare)
-        whole = self.enc.encode_ordinary(bare + continuation)
+        ids = encode(self.enc, bare)
+        both = encode(self.enc, bare + continuation)
         # a continuation that merges into the last token of the context is not certain
-        return ids or [self.enc.eot_token], whole[len(ids) :] or self.enc.encode_ordinary(continuation)
+        return ids or [self.enc.eot_token], both[len(ids) :] or encode(self.enc, continuation)
 
     @torch.no_grad()
     def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -596,10 +596,7 @@ class Scorer:
 
 def read_hidden(model: MoR, idx: Tensor, knobs: dict) -> Tensor:
     """Returns the stream [B, T, D] that the head reads, under causal routing."""
-    position = torch.arange(idx.size(1), device=idx.device)[None]
-    p = Pass(position, **model.routing_knobs("causal", **knobs))
-    h, _ = model.backbone(idx, p)
-    return h
+    return model(idx, routing="causal", return_logits=False, return_hidden=True, **knobs).hidden
 
 
 def batches(order: list, size: int) -> Iterator[list]:
@@ -838,7 +835,7 @@ def read_ids(args: Namespace, enc: tiktoken.Encoding, shards: Shards, T: int) ->
     if not args.text:
         return shards.tokens(0, T).tolist()
     longest = max(len(token) for token in enc.token_byte_values())
-    ids = enc.encode_ordinary(read_text(args.text)[: T * longest])[:T]
+    ids = encode(enc, read_text(args.text)[: T * longest])[:T]
     return ids or fail(f"--text {args.text} is empty")
 
 

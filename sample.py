@@ -23,7 +23,6 @@ ends where the context does; it does not slide. Row i draws its randomness from 
 alone, so a row gives the same in any batch.
 """
 
-import codecs
 import json
 import os
 import sys
@@ -36,12 +35,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import from_pretrained, load_run, run_tokenizer
+import prepare
+from checkpoint import open_model
 from cli import Parser, fail, open_device
 from engine import Engine, Request
 from generate import Decoder, Generated, bucket, check_request, generate, setting_errors
 from model import KVCache, MoR
-from prepare import load_tokenizer, tokenizer_file
+from prepare import load_tokenizer, read_text, whole
 from show import UNSAFE, Painter, paint, read_passage, routing_heatmap, token_bytes, write_page
 
 MEMORY = (MemoryError, RuntimeError)  # what is raised for want of memory: torch's error is but a RuntimeError
@@ -93,17 +93,6 @@ def read_flags(argv: list[str] | None) -> Namespace:
     return args
 
 
-def whole(text: str) -> int:
-    """Returns the integer that a flag spells: 1000, 1e3, or a seed of any size."""
-    try:
-        return int(text)
-    except ValueError:
-        value = float(text)
-        if value % 1 != 0:  # NaN and infinity too
-            raise
-        return int(value)
-
-
 def check_writable(name: str, file: str | None) -> None:
     """Ends the program, before there is work to lose, if a file could not be written."""
     if file is None:
@@ -116,42 +105,8 @@ def check_writable(name: str, file: str | None) -> None:
         fail(f"{name} {file} cannot be written ({e.strerror}): name a file in a directory that exists")
 
 
-def open_model(path: str, device: str, dtype: torch.dtype | None) -> tuple:
-    """Returns (model in eval mode, its tokenizer or None, config of its run) of anything that holds a model.
-
-    config["train"] is empty where there was no run. Ends the program with one line over what holds no model.
-    """
-    home = Path(path)
-    weights = home.is_dir() and [*home.glob("*.safetensors"), *home.glob("pytorch_model*.bin")]
-    if not weights or any(home.glob("ckpt_*.pt")):
-        model, _, checkpoint = load_run(home, device, dtype)
-        return model, run_tokenizer(home, checkpoint), checkpoint["config"]
-    try:
-        model = from_pretrained(home)
-    except ValueError as e:
-        fail(str(e))
-    enc = load_tokenizer(home) if tokenizer_file(home) else None
-    return model.to(device, dtype).eval(), enc, dict(model=model.config.asdict(), train={}, data={})
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # what people give
-
-
-def read_text(file: str) -> str:
-    """Returns the text of a UTF-8 file, or of standard input for "-", without a byte-order mark."""
-    try:
-        if file != "-":
-            data = Path(file).read_bytes()
-        elif sys.stdin is None:
-            fail("-: there is no standard input; name a file")
-        else:
-            data = sys.stdin.buffer.read()
-        return data.removeprefix(codecs.BOM_UTF8).decode()
-    except OSError as e:
-        fail(f"{file}: {e.strerror}")
-    except UnicodeDecodeError as e:
-        fail(f"{file}: not UTF-8 text (byte {e.start})")
 
 
 def read_argument(text: str) -> str:
@@ -195,12 +150,7 @@ def encode(enc, text: str, limit: int) -> list[int]:
     longest = max(len(token) for token in enc.token_byte_values())
     if size > limit * longest:
         raise ValueError(f"the prompt has at least {size // longest} tokens, the context {limit}: shorten it")
-    try:
-        return enc.encode_ordinary(text) or [enc.eot_token]
-    except BaseException as e:  # tiktoken's pattern gives up on very long runs, in a panic that is no Exception
-        if type(e).__name__ != "PanicException":
-            raise
-        raise ValueError("the tokenizer cannot split the prompt: break up its long runs of one kind") from None
+    return prepare.encode(enc, text) or [enc.eot_token]
 
 
 def read_settings(args: Namespace, eot: int, steps: int) -> tuple[dict, dict]:
