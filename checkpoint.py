@@ -488,8 +488,8 @@ HUB_FILES = "modeling_nanomor config cache ops model generate".split()  # what t
 
 def export(run: str, target: Path) -> None:
     """Writes a run as a directory that transformers loads, and from_pretrained: config.json, generation_config.json,
-    model.safetensors, tokenizer.json and README.md. Without router it is an unrolled Hugging Face Llama. With one it
-    has the model's own files beside it, for trust_remote_code=True."""
+    model.safetensors, tokenizer.json and README.md. Without router (and qk_norm) the model is an unrolled Hugging Face
+    Llama. Otherwise its code lies there too, for trust_remote_code=True."""
     from safetensors.torch import save_file
 
     if not target.name or target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -501,6 +501,7 @@ def export(run: str, target: Path) -> None:
     config |= dict(torch_dtype="float32", bos_token_id=meta["eot"], eos_token_id=meta["eot"])
     generation = {name: meta["eot"] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
+    # all of it or nothing
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

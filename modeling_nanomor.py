@@ -133,12 +133,15 @@ class NanoMoRForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"attention_mask {tuple(attention_mask.shape)} must be [B, T]: causality is the model's own"
             )
+
+        # a cache that holds something goes on
         if past_key_values is not None and past_key_values.length > 0:
             if labels is not None:
                 raise ValueError("labels need the whole sequence: leave past_key_values out")
             logits = self.append(input_ids, attention_mask, past_key_values)
             return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
+        # an empty one is filled, which gives the last logits only: enough for `generate`
         if past_key_values is None and use_cache:
             static = self.mor.make_cache(len(input_ids), self.mor.config.block_size, None, threshold, max_depth)
             past_key_values = MoRCache(static)
@@ -147,6 +150,7 @@ class NanoMoRForCausalLM(PreTrainedModel, GenerationMixin):
             if labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
                 return CausalLMOutputWithPast(logits=last[:, None], past_key_values=past_key_values)
 
+        # the whole sequence at once
         out = self.mor(
             input_ids,
             labels=labels,

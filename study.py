@@ -874,6 +874,8 @@ def read_flags(argv: list[str] | None):
 
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
+    if args.what in ("plan", "status"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # study.py plan | head
     {"plan": show_plan, "run": run, "status": show_status, "report": report, "rerun": rerun}[args.what](args)
 
 

@@ -228,6 +228,9 @@ def test_a_killed_queue_loses_and_repeats_nothing(place, tmp_path):
     assert arms_and_budgets == [("MoR-3", 1.2e9), ("MoR-3", 2.4e9), ("vanilla", 1.2e9), ("vanilla", 2.4e9)]
     assert finish(start(place)) == ""  # nothing is left
     assert "4 of 4 runs are done" in finish(start(place, "status"))
+    reader = start(place, "plan")
+    reader.stdout.close()  # as head does
+    assert reader.wait(timeout=300) == -signal.SIGPIPE
 
     # the larger budget went on from the smaller one's plateau: from nothing it comes to the same weights
     row = next(row for row in rows if (row["arm"], row["budget"]) == ("MoR-3", 2.4e9))
