@@ -7,6 +7,7 @@ slots of a cache, V vocabulary.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -14,6 +15,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+# Of this file's custom operators. A copy that an exported model brings along is another module, in a process that may
+# have this one too, and operators are global.
+OPERATORS = "nanomor" if __name__ == "ops" else "nanomor_" + re.sub(r"\W", "_", __name__)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # matrix products
@@ -118,7 +123,7 @@ def weight_blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[s
         yield at, keys, queries, score.softmax(-1)
 
 
-@torch.library.custom_op("nanomor::attend_on_cpu", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::attend_on_cpu", mutates_args=())
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Returns what attend does."""
     B, _, _, E = q.shape
@@ -131,7 +136,7 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return out
 
 
-@torch.library.custom_op("nanomor::attend_on_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::attend_on_cpu_backward", mutates_args=())
 def attend_on_cpu_backward(
     grad: Tensor,
     q: Tensor,
@@ -215,7 +220,7 @@ def use_flash(q: Tensor) -> bool:
     return q.is_cuda and half and find_spec("flash_attn") is not None
 
 
-@torch.library.custom_op("nanomor::flash_decode", mutates_args=())  # opaque to torch.compile, so fullgraph holds
+@torch.library.custom_op(f"{OPERATORS}::flash_decode", mutates_args=())  # opaque to torch.compile, so fullgraph holds
 def flash_decode(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
     """Returns what attend_cache does. q and k come rotated: flash-attn's rotary would use compacted positions."""
     from flash_attn import flash_attn_with_kvcache
