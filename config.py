@@ -59,6 +59,8 @@ class MoRConfig:
     def __post_init__(self):
         if isinstance(self.capacity, list):  # JSON has no tuples
             self.capacity = tuple(self.capacity)
+        elif isinstance(self.capacity, (int, float)):
+            self.capacity = (self.capacity,)
         problems = value_problems(self) or rule_problems(self)  # the rules compute with the values
         if problems:
             raise ValueError("; ".join(problems))
@@ -80,7 +82,7 @@ class MoRConfig:
         settings = settings | overrides
         n = settings.get("n_recursion", 1)
         if "n_layer" not in overrides and isinstance(n, int) and n > 1:
-            unshared = 2 if settings.get("sharing", "middle_cycle").startswith("middle") else 0
+            unshared = 2 if str(settings.get("sharing", "middle_cycle")).startswith("middle") else 0
             settings["n_layer"] = unshared + n * math.ceil((settings["n_layer"] - unshared) / n)
         return cls(**settings)
 
@@ -143,7 +145,7 @@ def round_down(x: float) -> int:
 
 def check_forward(config: MoRConfig, T: int, routing: str, targets: Any, labels: Any) -> None:
     if not 1 <= T <= config.block_size:
-        raise ValueError(f"{T} tokens do not fit block_size={config.block_size}: shorten the input")
+        raise ValueError(f"{T} tokens: a sequence must have 1 to block_size={config.block_size}")
     if routing not in ("topk", "causal"):
         raise ValueError(f"routing={routing!r} must be 'topk', 'causal' or None")
     if targets is not None and labels is not None:

@@ -1,5 +1,4 @@
-"""
-Continuous depth-wise batching (paper Section 3.3): serving a Mixture-of-Recursions with full batches at every depth.
+"""Continuous depth-wise batching (paper Section 3.3): serving a Mixture-of-Recursions with full batches at every depth.
 
     engine = Engine(model, slots=63, width=32, max_len=512)
     requests = [engine.submit(prompt, max_new_tokens=256) for prompt in prompts]
@@ -241,7 +240,8 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Admits what fits and runs one stage; False when there was nothing to do. One host sync.
+        """Admits what fits and runs one stage; False when there was nothing to do. One host sync for the stage, and one
+        for each request admitted with a prompt.
 
         The policy: a full turn first, since what leaves it is what keeps the block full; else a full block; else
         whichever is fuller. Every resident row waits for one of them, so with width + turn_width - 1 of them one is

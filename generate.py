@@ -310,6 +310,8 @@ def generate(
     else one is made with **options (threshold, max_depth, slack, compile, freeze, early_exit). Raises ValueError."""
     check_request(model, prompts, max_new_tokens, temperature, top_k, top_p)
     lengths = [len(p) for p in prompts]
+    if decoder is not None and options:
+        raise ValueError(f"{', '.join(options)}: settings of a decoder; give them where it is made")
     if decoder is None:
         limit = model.config.block_size
         max_len = bucket(min(limit, max(lengths) + max_new_tokens), limit)

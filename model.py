@@ -1,4 +1,4 @@
-"""Mixture-of-Recursions (MoR), the whole model in one file. Bae et al., NeurIPS 2025, arXiv 2507.10524.
+"""Mixture-of-Recursions (MoR), the model in one file. Bae et al., NeurIPS 2025, arXiv 2507.10524.
 
 A MoR is a Llama-style decoder that applies one stack of layers (the *block*) up to N times. A router decides for each
 token how many times. Every recursion r = 0, 1, ..., N-1 takes the same four steps, in `MoR.route` and `MoR.recurse`:
@@ -100,10 +100,10 @@ class Layer(nn.Module):
         if context.projects:
             qkv = linears(h, self.wq, self.wk, self.wv)
             qk, v = qkv.view(B, K, H + 2 * G, E).split((H + G, G), dim=2)
-            q, k = self.turn(qk, rope).split((H, G), dim=2)
+            q, k = self.prepare_heads(qk, rope).split((H, G), dim=2)
         else:  # kv="share": the keys and values of recursion 0 are used again
             q = linear(h, self.wq.weight).view(B, K, H, E)
-            q = self.turn(q, rope)
+            q = self.prepare_heads(q, rope)
             k = v = None
         y = context.attend(j, q, k, v)
         x = x + linear(y.reshape(B, K, H * E), self.wo.weight)
@@ -113,7 +113,7 @@ class Layer(nn.Module):
         x = x + linear(F.silu(gate) * up, self.w_down.weight)
         return x, (k, v)
 
-    def turn(self, heads: Tensor, rope: Tensor) -> Tensor:
+    def prepare_heads(self, heads: Tensor, rope: Tensor) -> Tensor:
         """Returns queries and keys [B, K, heads, E] as attention compares them: normed if asked, and rotated."""
         if self.config.qk_norm:
             unit = F.rms_norm(heads.float(), heads.shape[-1:], eps=self.config.norm_eps)
@@ -225,7 +225,7 @@ def top_k(logit: Tensor, candidates: Tensor, slots: int, k: int | Tensor) -> Ten
 
 
 def hash_depth(capacities: tuple[float, ...], position: Tensor, token: Tensor | None) -> Tensor:
-    """Returns a depth per position that has the capacities on average: evenly spread, or by chance given tokens."""
+    """Returns depths such that a share capacities[r] exceeds r: evenly spread over positions, or by chance by token."""
     x = position * 0x9E3779B1 & 0xFFFFFFFF  # the golden ratio: its multiples fill [0, 1) evenly
     if token is not None:
         x = scramble(scramble(x) + token * 0x85EBCA6B & 0xFFFFFFFF)
@@ -243,7 +243,7 @@ class Output(NamedTuple):
     loss: Tensor | None  # language-model loss plus weighted router losses
     losses: dict[str, Tensor]  # detached and unweighted: "lm" and, where they apply, "aux", "balance", "z"
     depth: Tensor  # [B, T] recursions that each token ran
-    router: Tensor | None  # [B, T, N] fp32, detached: logits of the router that decides at inference
+    router: Tensor | None  # [B, T, max_depth] fp32, detached: logits of the router that decides at inference
     dropped: Tensor  # tokens that wanted a recursion and found no slot
     choice: Tensor | None  # [B, T] the depth 1..N that each token chose; None where tokens do not choose
     hidden: Tensor | None  # [B, T, D] the normed stream that the head reads, on request
@@ -279,7 +279,7 @@ class State(NamedTuple):
     """What a recursion hands to the next."""
 
     x: Tensor  # [B, T, D] fp32 residual stream
-    active: Tensor  # [B, T] bool: tokens that run the next recursion
+    active: Tensor  # [B, T] bool: after `route` tokens that run its recursion; before it, those that ran the last one
     depth: Tensor  # [B, T] recursions run, the next one included
     gate: Tensor | None = None  # [B, T] of the next recursion; token choice: [B, T, N] of every depth
     logit: Tensor | None = None  # of the router, in the shape of the gate
@@ -325,9 +325,11 @@ class MoR(nn.Module):
                 nn.init.ones_(p)
 
     def _apply(self, fn, recurse=True):
-        """Moves and casts the model, but the table of RoPE stays fp32."""
+        """Moves and casts the model; the tables are made anew, RoPE's in fp32."""
         super()._apply(fn, recurse)
-        self.rope = rope_table(self.config, self.wte.weight.device)
+        device = self.wte.weight.device
+        self.rope = rope_table(self.config, device)
+        self.takes_all = torch.tensor(self.config.takes_all, device=device)
         return self
 
     # ---- a pass is: enter; route and recurse for r = 0, 1, ...; leave
@@ -367,10 +369,11 @@ class MoR(nn.Module):
     def decide(self, r: int | Tensor, s: State, p: Pass) -> Tensor:
         """The routing rule: returns the tokens that run recursion r, bool [B, T].
 
-        Only those count that ran recursion r-1, and where the capacity is 1.0 nobody asks. Whatever it returns, the
-        rest of the model follows. Where it looks only at a token and those before it, decoding stays equal to the full
-        forward. It finds p.position, s.x, s.depth, and what the routers said in s.logit. r is an int, or int64 [B, 1]
-        where rows are served at different depths."""
+        Of these, only tokens that ran recursion r-1 count, and where capacities[r] is 1.0 all of them go on. In training
+        expert choice has floor(capacity * T) slots: if there are more, the last positions are dropped (out.dropped).
+        May read p.position, s.x, s.depth, s.choice, s.logit (of the gate's router) and s.decider (of the one obeyed at
+        inference). Where it looks only at a token and those before it, decoding stays equal to the full forward. r is
+        an int, or int64 [B, 1] where rows are served at different depths."""
         if self.config.router != "expert":  # a depth was chosen before recursion 0
             return s.active if s.choice is None else s.choice > r
         if not p.topk:
@@ -421,8 +424,8 @@ class MoR(nn.Module):
             # real tokens come first, so causal attention among the K never reaches an empty slot
             index, slot = compact(s.active, p.slots[r])  # [B, K], [B, T]
             h = take_rows(s.x, index, slot)  # [B, K, D]
-            position = take(position.expand(B, T), index, 0)
-            segments = take(segments, index, -1)
+            position = take(position.expand(B, T), index)  # empty slots take the last one's, to see some key
+            segments = take(segments, index)
 
         rope = self.rope[position]
         context = self.block_context(r, position, segments, s, p)

@@ -1,6 +1,6 @@
 """The fast kernels of model.py. Nothing here knows what a Mixture-of-Recursions is.
 
-Each function replaces the one line of PyTorch in its docstring, and a test compares the two.
+A function that stands for one line of PyTorch has it in its docstring, and a test compares the two.
 
 Shapes: B batch, T or S time, K tokens of a compaction, D width, H query heads, G key/value heads, E width of a head, C
 slots of a cache, V vocabulary.
@@ -69,6 +69,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
     gqa = q.size(1) != k.size(1)
+    if gqa and mask is not None:  # flash takes no mask, and the kernel that does takes no groups: SDPA would use math
+        k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
+        v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+        gqa = False
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
     return y.transpose(1, 2)
 
@@ -249,19 +253,20 @@ def compact(active: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return index, slot
 
 
-def take(x: Tensor | None, index: Tensor, fill: int) -> Tensor | None:
-    """Returns x [B, T] at index [B, K], `fill` where it is T; None for None. Else torch.take_along_dim(x, index, 1)."""
+def take(x: Tensor | None, index: Tensor, fill: int | None = None) -> Tensor | None:
+    """Returns x [B, T] at index [B, K], torch.take_along_dim(x, index, 1); where it is T, `fill` or else what the last
+    has. None for None."""
     if x is None:
         return None
     T = x.size(1)
     taken = x.gather(1, index.clamp(max=T - 1))
-    return taken.masked_fill(index == T, fill)
+    return taken if fill is None else taken.masked_fill(index == T, fill)
 
 
 def take_rows(x: Tensor | None, index: Tensor, inverse: Tensor) -> Tensor | None:
     """Returns the rows of x [B, S, D] at index [B, K], zeros where it is S, as [B, K, D]; None for None.
 
-    `inverse` [B, S] undoes the index (K for rows not taken). Without padding: torch.take_along_dim(x, index, 1)."""
+    `inverse` [B, S] undoes the index (K for rows not taken). Without padding: torch.take_along_dim(x, index[..., None], 1)."""
     return None if x is None else TakeRows.apply(x, index, inverse)
 
 

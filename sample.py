@@ -36,12 +36,13 @@ import torch
 from tqdm import tqdm
 
 import prepare
+from cache import KVCache
 from checkpoint import open_model
-from cli import Parser, fail, open_device
+from cli import Parser, fail, open_device, whole
 from engine import Engine, Request
 from generate import Decoder, Generated, bucket, check_request, generate, setting_errors
-from model import KVCache, MoR
-from prepare import load_tokenizer, read_text, whole
+from model import MoR
+from prepare import load_tokenizer, read_text
 from show import UNSAFE, Painter, paint, read_passage, routing_heatmap, token_bytes, write_page
 
 MEMORY = (MemoryError, RuntimeError)  # what is raised for want of memory: torch's error is but a RuntimeError
@@ -114,9 +115,8 @@ def read_argument(text: str) -> str:
     try:
         return os.fsencode(text).decode()
     except UnicodeDecodeError as e:
-        if any(
-            0xD800 <= ord(c) < 0xE000 for c in text
-        ):  # how Python hands on bytes that its own reading had no use for
+        # surrogates are how Python hands on bytes that its own reading had no use for
+        if any(0xD800 <= ord(c) < 0xE000 for c in text):
             fail(f"PROMPT is not UTF-8 text (byte {e.start}): put it into a file, converted with iconv")
         return text  # of a terminal with another encoding, which the locale knows
 

@@ -8,7 +8,7 @@
     python train.py --recipes                                          # the rows of the paper, for --recipe NAME
 
 Baselines are the same program: `--router none` is the recursive model, `--router none --n-recursion 1` the vanilla one.
-Every field of TrainConfig and of model.py's MoRConfig is a flag (--help).
+Every field of TrainConfig and of config.py's MoRConfig is a flag (--help).
 
 Stopping and resuming: after Ctrl-C, SIGTERM or kill -9, the same command continues from the newest good checkpoint in
 --out, on any number of processes, with the same batches in the same order; in a single process on a CPU the losses are
@@ -120,11 +120,9 @@ class TrainConfig:
     data: str = "data/python"  # directory that prepare.py wrote
     out: str = "out/demo"  # run directory: config.json, metrics.jsonl, checkpoints, loss.png
     preset: str = "nano"  # model size
-    recipe: str = (
-        ""  # a row of the paper with all its settings, of which other flags change single ones (see --recipes)
-    )
+    recipe: str = ""  # a row of the paper's Table 3; other flags override it (--recipes lists them)
     init_from: str = ""  # instead of --preset: a Hugging Face Llama, the authors' directory, a run, or a checkpoint
-    init: str = "stepwise"  # how a Llama's layers become the shared block (model.py, MoR.from_pretrained)
+    init: str = "stepwise"  # how a Llama's layers become the shared block (checkpoint.py, from_pretrained)
     steps: int = 0  # optimizer steps, or those of the cool-down with --cooldown-from; 0: 800 at nano, 9438 above it
     batch_tokens: int = 0  # tokens per step over all processes; 0: 2048 at nano, 2097152 above, 131072 with --init-from
     micro_batch: int = 32  # at most this many sequences per forward pass of a process; the rest is accumulated
@@ -279,12 +277,8 @@ def list_recipes() -> str:
         row = f"{name:12} {steps:6} {warmup:7} {cooldown:9} {tokens / 1e9:6.1f}B {layers:6} {params:6.0f}M"
         lines.append(f"{row} {flops / 1e18:7.2f} {loss or '':7}")
     lines.append("")
-    lines.append(
-        "360M, 1024 sequences of 2048 tokens a step, lr 3e-3, SmolLM's tokenizer. tokens: of FineWeb-Edu; params"
-    )
-    lines.append(
-        "without embedding; loss: the paper's, in nats a token, by top-k routing. ablation: cosine to a tenth."
-    )
+    lines.append("360M, 1024 sequences of 2048 tokens a step, lr 3e-3, SmolLM's tokenizer. tokens: of FineWeb-Edu;")
+    lines.append("params: without embedding; loss: the paper's, in nats a token, by top-k routing. ablation: cosine.")
     return "\n".join(lines)
 
 
@@ -454,7 +448,7 @@ def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig,
         needed = {name: w.shape for name, w in MoR(config).state_dict().items()}
     shapes = {name: w.shape for name, w in model.state_dict().items()}
     if needed != shapes:
-        fail(f"the weights in {path} do not fit the model flags: leave these out, or start from what eval.py exports")
+        fail(f"the weights in {path} do not fit the model flags: leave these out, or start from an export")
     if theirs["tokenizer"] != meta["tokenizer"]:
         fail(f"{path} was trained with tokenizer {theirs['tokenizer']}, {cfg.data} has {meta['tokenizer']}: {remedy}")
     home = path.parent if path.is_file() else path
@@ -1043,9 +1037,7 @@ def open_sinks(run: Run) -> list[tuple[Callable, Callable]]:
         resumed = dict(id=os.environ.get("WANDB_RUN_ID") or wandb_id(run.out), resume="allow")
         try:
             wandb.init(project=project, name=name, dir=cfg.out, config=asdict(cfg), **resumed)
-        except (
-            Exception
-        ) as e:  # no key, no network, no such project: each has a class of its own, and none is a bug here
+        except Exception as e:  # no key, no network, no such project: a class for each, and none is a bug here
             reason = " ".join(str(e).split())[:200]
             fail(f"--wandb: {reason}; log in (wandb login), or set WANDB_API_KEY, or WANDB_MODE=offline")
         sinks.append((wandb.log, wandb.finish))

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import Engine, assert_windows_lie_inside
-from generate import generate
+from generate import Decoder, generate
 from model import MoR, MoRConfig
 
 MAX_LEN = 40
@@ -283,3 +283,29 @@ def test_qk_norm_bounds_every_score_and_keeps_the_cache_exact():
     whole = model(idx)
     for row, t, logits in decoded_logits(model, idx, torch.tensor([5, 9, 14]), slack=4):
         torch.testing.assert_close(logits, whole.logits[row, t], atol=1e-4, rtol=0)
+
+
+def test_a_model_made_without_memory_routes_as_one_made_with_it():
+    """Tables that no state dict holds are made anew when a model is moved or given memory."""
+    config = tiny(n_recursion=3, router="expert")
+    made = make_model(config).eval()
+    with torch.device("meta"):
+        empty = MoR(config)
+    empty = empty.to_empty(device="cpu").eval()
+    empty.load_state_dict(made.state_dict())
+    idx, _ = make_batch(config)
+    torch.testing.assert_close(empty(idx).logits, made(idx).logits, atol=0, rtol=0)
+    assert torch.equal(empty(idx).depth, made(idx).depth)
+
+
+def test_settings_that_would_go_unheard_are_refused():
+    model = make_model(tiny(n_recursion=3, router="expert")).eval()
+    decoder = Decoder(model, 1, MAX_LEN, compile=False)
+    with pytest.raises(ValueError, match="threshold"):
+        generate(model, [[1]], 3, decoder=decoder, threshold=0.9)
+    with pytest.raises(ValueError, match="one entry per recursion"):
+        tiny(n_recursion=3, router="expert", capacity=0.5)
+    with pytest.raises(ValueError, match="sharing=None"):
+        MoRConfig.preset("nano", n_recursion=3, sharing=None)
+    with pytest.raises(ValueError, match="0 tokens"):
+        model(torch.zeros(1, 0, dtype=torch.long))
