@@ -1,4 +1,4 @@
-# make demo    from nothing to a trained Mixture-of-Recursions with samples, a loss curve and a heat map of depths
+# make demo    from nothing to a trained Mixture-of-Recursions with samples, a loss curve and a page of text by depth
 # make test    all tests but the soak tests        make lint    ruff        make soak    the long ones
 # make clean   remove what was made, data and runs included, and keep .venv
 #
@@ -11,9 +11,9 @@ BIN := .venv/bin
 .PHONY: demo test lint soak clean
 
 demo: .venv/run.stamp data/python/meta.json
-	$(BIN)/python train.py --data data/python --out out/demo
-	$(BIN)/python sample.py out/demo "The module" --max-new-tokens 200 --heatmap out/demo/heatmap.png
-	@echo "made out/demo: loss.png, heatmap.png, metrics.jsonl and the checkpoint; next: $(BIN)/python sample.py out/demo"
+	$(BIN)/python train.py --data data/python --out out/demo --optimizer muon --eval-every 400
+	$(BIN)/python sample.py out/demo "The module" --max-new-tokens 200 --html out/demo/page.html
+	@echo "made out/demo: page.html, loss.png, metrics.jsonl and the checkpoint; next: $(BIN)/python sample.py out/demo"
 
 data/python/meta.json: | .venv/run.stamp
 	$(BIN)/python prepare.py python --out data/python --val-fraction 0.03

@@ -24,8 +24,11 @@ class KVCache:
 
     def __init__(self, model: Any, batch: int, max_len: int, slack: float, threshold: float, max_depth: int):
         c, device, dtype = model.config, model.wte.weight.device, model.wte.weight.dtype
-        self.batch, self.max_len, self.slack = batch, max_len, slack
-        self.threshold, self.max_depth = threshold, max_depth
+        self.batch = batch
+        self.max_len = max_len
+        self.slack = slack
+        self.threshold = threshold
+        self.max_depth = max_depth
         self.slots = cache_slots(c, max_len, slack)
         ends = list(accumulate(self.slots))
         self.start = [0, *ends[:-1]]  # where recursion r's slots begin in a row
@@ -33,9 +36,11 @@ class KVCache:
         lengths = [ends[-1]] * c.n_block
         if c.n_unshared:
             lengths = [max_len, *lengths, max_len]
-        shapes = [(batch, n, c.n_kv_head, c.head_dim) for n in lengths]
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.k, self.v = [], []
+        for n in lengths:
+            shape = batch, n, c.n_kv_head, c.head_dim
+            self.k.append(torch.zeros(shape, device=device, dtype=dtype))
+            self.v.append(torch.zeros(shape, device=device, dtype=dtype))
 
         self.row: Any = slice(None)  # the rows that a pass works on: all, or [B, 1] after `rows`
         self.every_row = torch.arange(batch, device=device)[:, None]
@@ -96,8 +101,10 @@ class KVCache:
         # reads the window; an index per slot would cost as much as the attention. (flash-attn gets a copy.) Nothing
         # checks the index, so it must lie inside: engine.py asserts that it does, for every row and recursion.
         first = self.row * k.size(1) + start
-        k, v = (t.flatten(0, 1).unfold(0, slots, 1) for t in (k, v))  # [windows, G, E, C]
-        return k[first[:, 0]].permute(0, 3, 1, 2), v[first[:, 0]].permute(0, 3, 1, 2)
+        k = k.flatten(0, 1).unfold(0, slots, 1)  # [windows, G, E, C]
+        v = v.flatten(0, 1).unfold(0, slots, 1)
+        k, v = k[first[:, 0]], v[first[:, 0]]
+        return k.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2)
 
     @property
     def longest_window(self) -> int:

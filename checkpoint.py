@@ -2,7 +2,7 @@
 
     model, meta, checkpoint = load_run("out/demo")          # a run directory, or a ckpt_*.pt file
     model = from_pretrained("SmolLM-360M", n_recursion=2)   # a Hugging Face Llama; the authors'; what `export` wrote
-    export("out/demo", Path("exported"))                    # safetensors, config.json, tokenizer.json
+    export("out/demo", Path("exported"))                    # for transformers; python checkpoint.py export does it
 
 The reader and the writer of each layout stand side by side here.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import prepare
-from cli import fail
+from cli import Parser, fail
 from model import MoR, MoRConfig
 from prepare import load_tokenizer, tokenizer_file
 
@@ -356,13 +356,14 @@ def reference_names(model: MoR) -> dict[str, str]:
     names = {"model.embed_tokens.weight": "wte.weight", "model.norm.weight": "norm.weight"}
     names["lm_head.weight"] = "wte.weight" if c.tie_embeddings else "lm_head.weight"
     off = 1 if c.n_unshared else 0
+    kind = "expert" if c.gated else c.router  # controls have the routers of expert choice
     layers = {}  # their prefix -> ours
     for u in range(n * L):
         r, j = divmod(u, L)
         theirs = {"none": f"{off + u}", "expert": f"{off + r}.block.{j}", "token": f"{off}.block_list.{r}.{j}"}
-        layers[theirs[c.router]] = f"block.{u // n if 'sequence' in c.sharing else j}"
+        layers[theirs[kind]] = f"block.{u // n if 'sequence' in c.sharing else j}"
     if c.n_unshared:
-        behind = {"none": n * L, "expert": n, "token": 1}[c.router]
+        behind = {"none": n * L, "expert": n, "token": 1}[kind]
         layers |= {"0": "first", f"{1 + behind}": "last"}
     for theirs, ours in layers.items():
         for a, b in REFERENCE_LAYER.items():
@@ -370,7 +371,7 @@ def reference_names(model: MoR) -> dict[str, str]:
     for net in [""] if c.router_arch == "linear" else [".0", ".2"]:
         if c.router == "token":
             names[f"model.layers.{off}.mor_router.router{net}.weight"] = f"router.net{net}.weight"
-        for r in range(n if c.router == "expert" else 0):
+        for r in range(n if c.gated else 0):
             names[f"model.layers.{off + r}.mor_router.router{net}.weight"] = f"routers.{r}.net{net}.weight"
             if c.causality == "aux_router":
                 names[f"model.layers.{off + r}.mlp_router.router{net}.weight"] = f"aux_routers.{r}.net{net}.weight"
@@ -384,6 +385,8 @@ def load_reference_state_dict(model: MoR, sd: Mapping[str, Tensor]) -> None:
     or repeated. Raises one ValueError that lists all missing, surplus, wrongly shaped and disagreeing tensors; the
     model is then unchanged."""
     names, own, bad, found = reference_names(model), model.state_dict(), [], {}
+    if any(name.startswith("mor.") for name in sd):  # what transformers reads: our own names
+        names = {f"mor.{name}": name for name in own}
     for theirs, tensor in sd.items():
         ours = names.get(theirs)
         if theirs.endswith("rotary_emb.inv_freq"):
@@ -480,41 +483,172 @@ def from_pretrained(path: str | Path, init: str = "stepwise", **overrides) -> Mo
 # weights out
 
 
+HUB_FILES = "modeling_nanomor config cache ops model generate".split()  # what transformers needs of a MoR
+
+
 def export(run: str, target: Path) -> None:
-    """A run as config.json, model.safetensors and tokenizer.json. Without router: an unrolled Hugging Face Llama, which
-    transformers reads. With one: the layout of the authors' checkpoints. from_pretrained reads both."""
+    """Writes a run as a directory that transformers loads, and from_pretrained: config.json, generation_config.json,
+    model.safetensors, tokenizer.json and README.md. Without router (and qk_norm) the model is an unrolled Hugging Face
+    Llama. Otherwise its code lies there too, for trust_remote_code=True."""
     from safetensors.torch import save_file
 
     if not target.name or target.exists() and (not target.is_dir() or any(target.iterdir())):
         fail(f"{target} exists already: name a new directory")
     model, meta, checkpoint = load_run(run)
     enc = run_tokenizer(run, checkpoint)
-    c, own, sd, llama = model.config, model.state_dict(), {}, model.config.router == "none"
-    for theirs, ours in reference_names(model).items():
-        tied = theirs == "lm_head.weight" and c.tie_embeddings
-        if not tied and (llama or ours not in sd.values()):  # a Llama has no tied layers: they are repeated
-            sd[theirs] = ours
-    config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab_size, hidden_size=c.d_model,
-        intermediate_size=c.d_ff, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, head_dim=c.head_dim,
-        num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta, rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), hidden_act="silu",
-        attention_bias=False, mlp_bias=False, tie_word_embeddings=c.tie_embeddings, torch_dtype="float32",
-        bos_token_id=meta["eot"], eos_token_id=meta["eot"],
-    )  # fmt: skip
-    if not llama:
-        config = dict(model_type="nanomor", model=c.asdict())
+    llama = model.config.router == "none" and not model.config.qk_norm
+    config, weights = export_llama(model) if llama else export_routed(model)
+    config |= dict(torch_dtype="float32", bos_token_id=meta["eot"], eos_token_id=meta["eot"])
+    generation = {name: meta["eot"] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+    # all of it or nothing
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({k: own[v].clone() for k, v in sd.items()}, partial / "model.safetensors", {"format": "pt"})
+        save_file(weights, partial / "model.safetensors", {"format": "pt"})
         (partial / "config.json").write_text(json.dumps(config, indent=1))
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=1))
+        (partial / "README.md").write_text(describe_run(run, model, checkpoint, target.name))
         prepare.save_tokenizer(enc, partial)
+        for name in [] if llama else HUB_FILES:
+            source = Path(__file__).with_name(f"{name}.py").read_text()
+            (partial / f"{name}.py").write_text(make_imports_relative(source))
         partial.replace(target)
     except OSError as e:
         fail(f"{target}: cannot be written ({e.strerror})")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    kind = "a Hugging Face Llama" if llama else "safetensors in the layout of the authors' checkpoints"
+    kind = "a Hugging Face Llama" if llama else "a model for transformers, with its code"
     print(f"{target}: {kind}, {model.num_params(embedding=True):,} parameters")
+
+
+def export_llama(model: MoR) -> tuple[dict, dict[str, Tensor]]:
+    """Returns (config.json, weights) of a Llama of transformers; it has no tied layers, so they are repeated."""
+    c, own = model.config, model.state_dict()
+    names = reference_names(model)
+    if c.tie_embeddings:
+        del names["lm_head.weight"]
+    config = dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        vocab_size=c.vocab_size,
+        hidden_size=c.d_model,
+        intermediate_size=c.d_ff,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        head_dim=c.head_dim,
+        num_key_value_heads=c.n_kv_head,
+        max_position_embeddings=c.block_size,
+        rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
+        hidden_act="silu",
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=c.tie_embeddings,
+    )
+    return config, {theirs: own[ours].clone() for theirs, ours in names.items()}
+
+
+def export_routed(model: MoR) -> tuple[dict, dict[str, Tensor]]:
+    """Returns (config.json, weights) of modeling_nanomor.py."""
+    classes = dict(AutoConfig="NanoMoRConfig", AutoModelForCausalLM="NanoMoRForCausalLM")
+    auto_map = {auto: f"modeling_nanomor.{name}" for auto, name in classes.items()}
+    config = dict(model_type="nanomor", architectures=["NanoMoRForCausalLM"], auto_map=auto_map)
+    config["model"] = model.config.asdict()
+    return config, {f"mor.{name}": w.clone() for name, w in model.state_dict().items()}
+
+
+def make_imports_relative(source: str) -> str:
+    """Returns the source of one of HUB_FILES as a module of a package, which transformers makes of a directory."""
+    source = re.sub(rf"^(\s*)from ({'|'.join(HUB_FILES)}) import", r"\1from .\2 import", source, flags=re.M)
+    # transformers wants whatever is imported outside of a `try` installed, though nothing may need it
+    guarded = r"\1try:\n\1    \2\n\1finally:\n\1    pass"
+    source = re.sub(r"^( +)(from flash_attn import .*)$", guarded, source, flags=re.M)
+    absent = r'\1raise ImportError("this needs checkpoint.py, which is not exported")'
+    return re.sub(r"^( +)from checkpoint import .*$", absent, source, flags=re.M)
+
+
+def describe_run(run: str, model: MoR, checkpoint: dict, name: str) -> str:
+    """Returns README.md, the model card of an exported run, with the figures of its last evaluation."""
+    c, data = model.config, checkpoint["config"]["data"]
+    step = checkpoint.get("step", 0)
+    facts = {
+        "parameters": f"{model.num_params(True):,}, {model.num_params():,} of them without embedding and head",
+        "layers": f"{c.n_layer} for a token of full depth",
+        "recursions": f"up to {c.n_recursion} of a block of {c.n_block} layers",
+        "router": c.router,
+        "context": f"{c.block_size} tokens",
+        "vocabulary": f"{c.vocab_size}, tokenizer {data['tokenizer']}",
+        "training": f"{step} steps",
+    }
+    if "batch_tokens" in checkpoint["config"]["train"]:
+        facts["training"] += f" of {checkpoint['config']['train']['batch_tokens']:,} tokens"
+    if c.router != "none":
+        facts["capacities"] = ", ".join(f"{x:.3g}" for x in c.capacities)
+
+    # only what was measured on these very weights
+    measured = find_metrics(run, step)
+    for key, routing in (("val_loss", "causal"), ("val_topk", "top-k")):
+        if key in measured:
+            loss = f"{measured[key]:.4f} nats per token"
+            bpb = measured.get(f"{key}_bpb")
+            facts[f"validation, {routing} routing"] = loss if bpb is None else f"{loss}, {bpb:.4f} bits per byte"
+    if "selected" in measured:
+        facts["mean depth in validation"] = f"{sum(measured['selected']):.2f} recursions"
+    table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
+    trust = "" if c.router == "none" and not c.qk_norm else ", trust_remote_code=True"
+    return MODEL_CARD.format(name=name, trust=trust, table=table)
+
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mixture-of-recursions, nanomor]
+---
+
+# {name}
+
+Trained by nanoMoR, an implementation of [Mixture-of-Recursions](https://arxiv.org/abs/2507.10524).
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+prompt = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```
+"""
+
+
+def find_metrics(run: str, step: int) -> dict:
+    """Returns the row of metrics.jsonl beside a checkpoint that its evaluation at this step wrote; {} without one."""
+    home = Path(run) if Path(run).is_dir() else Path(run).parent
+    path, found = home / "metrics.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if row.get("step") == step and row.keys() & {"val_loss", "val_topk"}:
+            found = row
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="Writes a run in the layout of transformers.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("export", help="a run as a directory that transformers loads")
+    command.add_argument("run", metavar="RUN", help="run directory or checkpoint")
+    command.add_argument("target", type=Path, metavar="DIR", help="directory to make")
+    export(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -39,9 +39,7 @@ class MoRConfig:
     d_ff: int
     n_recursion: int = 1  # N
     sharing: str = "middle_cycle"  # which unrolled layers are the same weights (paper Table 5)
-    router: str = (
-        "none"  # expert: each recursion chooses tokens; token: each token its depth; random, position: controls
-    )
+    router: str = "none"  # expert: recursions choose tokens; token: tokens choose depths; random, position: controls
     kv: str = "recursion"  # recursion: a depth caches the tokens that run it; share: all read recursion 0's K/V
     capacity: tuple[float, ...] | None = None  # fraction of the full sequence that runs recursion r; None: (N-r)/N
     router_arch: str = "linear"

@@ -58,13 +58,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import prepare
-from checkpoint import export
+from checkpoint import export, open_model
 from cli import Parser, fail, open_device
 from generate import Decoder, generate
-from model import MoR, MoRConfig, Pass
-from prepare import Shards, load_meta, load_tokenizer
-from sample import check_writable, open_model, read_text, whole
-from show import make_visible, read_passage, routing_heatmap, token_bytes, write_page
+from model import MoR, MoRConfig
+from prepare import Shards, encode, load_meta, load_tokenizer, read_text, whole
+from sample import check_writable
+from show import make_labeller, make_visible, read_passage, routing_heatmap, token_bytes, write_page
 
 THRESHOLDS = (0.01, 0.1, 0.5, 0.9, 0.99)
 NORMALISED = ("hellaswag", "piqa", "arc_easy", "arc_challenge")  # accuracy by byte length of the answer
@@ -462,6 +462,7 @@ def print_models(rows: list[dict]) -> None:
 def draw_models(rows: list[dict], file: Path) -> None:
     """Draws loss against cost, a point a model; top-k, which is not causal, is hollow."""
     figure, (axis,) = new_figure(6.4, 4)
+    label = make_labeller(32)
     for i, row in enumerate(rows):
         color = f"C{i % 10}"
         losses = [loss for loss in (row["causal"], row["topk"]) if loss is not None]
@@ -470,12 +471,10 @@ def draw_models(rows: list[dict], file: Path) -> None:
             axis.plot(row["mflops"], row["causal"], "o", color=color)
         if row["topk"] is not None:
             axis.plot(row["mflops"], row["topk"], "o", color=color, fillstyle="none")
-        name = make_visible(row["run"])
-        if len(name) > 32:
-            name = "…" + name[-31:]
+        name = label(row["run"][-32:])
         name += f"\n{row['parameters'] / 1e6:.1f}M parameters"
-        label = axis.annotate(name, (row["mflops"], losses[0]), (7, 5), textcoords="offset points", fontsize=8)
-        label.set_parse_math(False)  # a name may have dollar signs
+        text = axis.annotate(name, (row["mflops"], losses[0]), (7, 5), textcoords="offset points", fontsize=8)
+        text.set(family="DejaVu Sans Mono", parse_math=False)  # a name may have dollar signs
     axis.margins(x=0.25, y=0.2)
     axis.set(xlabel="mean forward MFLOPs per token", ylabel="nats per token (filled: causal, hollow: top-k)")
     figure.savefig(file, dpi=130)
@@ -509,7 +508,7 @@ class Scorer:
         T = self.model.config.block_size
         windows, owners = [], []
         for owner, request in enumerate(requests):
-            tokens = [self.enc.eot_token, *self.enc.encode_ordinary(request.args[0])]
+            tokens = [self.enc.eot_token, *encode(self.enc, request.args[0])]
             for start in range(1, len(tokens), T):
                 end = min(start + T, len(tokens))
                 windows.append((tokens[max(0, end - T - 1) : start], tokens[start:end]))
@@ -527,7 +526,7 @@ class Scorer:
             sampled = options.get("do_sample", options.get("temperature", 0.0) > 0)
             temperature = options.get("temperature", 1.0) if sampled else 0.0
             most = options.get("max_gen_toks", 256)
-            ids = self.enc.encode_ordinary(context) or [self.enc.eot_token]
+            ids = encode(self.enc, context) or [self.enc.eot_token]
             ids = ids[-max(T // 2, T - most) :]  # generation ends where the context does
             jobs.append((most, temperature, len(ids), i, ids))
 
@@ -555,10 +554,10 @@ class Scorer:
         continuation."""
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
-        ids = self.enc.encode_ordinary(bare)
-        whole = self.enc.encode_ordinary(bare + continuation)
+        ids = encode(self.enc, bare)
+        both = encode(self.enc, bare + continuation)
         # a continuation that merges into the last token of the context is not certain
-        return ids or [self.enc.eot_token], whole[len(ids) :] or self.enc.encode_ordinary(continuation)
+        return ids or [self.enc.eot_token], both[len(ids) :] or encode(self.enc, continuation)
 
     @torch.no_grad()
     def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -597,10 +596,7 @@ class Scorer:
 
 def read_hidden(model: MoR, idx: Tensor, knobs: dict) -> Tensor:
     """Returns the stream [B, T, D] that the head reads, under causal routing."""
-    position = torch.arange(idx.size(1), device=idx.device)[None]
-    p = Pass(position, **model.routing_knobs("causal", **knobs))
-    h, _ = model.backbone(idx, p)
-    return h
+    return model(idx, routing="causal", return_logits=False, return_hidden=True, **knobs).hidden
 
 
 def batches(order: list, size: int) -> Iterator[list]:
@@ -839,7 +835,7 @@ def read_ids(args: Namespace, enc: tiktoken.Encoding, shards: Shards, T: int) ->
     if not args.text:
         return shards.tokens(0, T).tolist()
     longest = max(len(token) for token in enc.token_byte_values())
-    ids = enc.encode_ordinary(read_text(args.text)[: T * longest])[:T]
+    ids = encode(enc, read_text(args.text)[: T * longest])[:T]
     return ids or fail(f"--text {args.text} is empty")
 
 
@@ -869,7 +865,7 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail(f"{e.filename or 'standard output'}: cannot be written ({e.strerror})")
+        fail(f"{e.filename or 'standard output'}: {e.strerror or e}")
 
 
 def run(args: Namespace, device: str) -> None:
@@ -895,7 +891,7 @@ def run(args: Namespace, device: str) -> None:
 
     # what could fail over the data or the disk does so before the work
     data, meta, shards = open_data(path, args, config, model, enc)
-    ids = read_ids(args, enc, shards, c.block_size)
+    ids = read_ids(args, enc, shards, min(2000, c.block_size))
     out = args.out or find_home(path) / "eval"
     make_directory(out)
     page = args.html or str(out / "depth.html")
@@ -915,7 +911,8 @@ def run(args: Namespace, device: str) -> None:
         size = 256 if args.text else 128
         routing_heatmap(passage.tokens[:size], passage.depth[:size], c.n_recursion, str(out / "depth_heatmap.png"))
     best = report.get("causal") or report["topk"]
-    about = f"{args.text or 'held-out text'}, {routing} routing; loss over {report['tokens']:,} held-out tokens"
+    about = f"{model.num_params():,} parameters without embedding; {args.text or 'held-out text'}, {routing} routing;"
+    about += f" loss over {report['tokens']:,} held-out tokens"
     write_page(page, [passage], c.n_recursion, path, about, best["by_depth"])
 
     print_report(report)

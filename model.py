@@ -18,12 +18,11 @@ torch.compile(fullgraph=True, dynamic=False). The same code serves five purposes
     decoding     tokens seen     router above its threshold     1                     read from the cache
     serving      tokens seen     the same; a row has its own r  1                     read from the cache
 
-That is expert choice. Token choice picks a depth per token once, before recursion 0, whatever the purpose; in training
-it has ceil(capacity_slack * capacity * T) slots. With kv="share", keys and values are those of recursion 0.
+That is expert choice. Token choice picks a depth per token once, before recursion 0; in training it has
+ceil(capacity_slack * capacity * T) slots. With kv="share", keys and values are those of recursion 0.
 
-To change the routing rule, change `MoR.decide`. To change what a token attends to, change or add a class under "what a
-layer attends to". To change what is kept, change `KVCache` in cache.py. The kernels are in ops.py, which knows nothing
-of a MoR; settings and their checks are in config.py.
+To change the routing rule, change `MoR.decide`; what a token attends to, a class under "what a layer attends to"; what
+is kept, `KVCache` in cache.py. Kernels are in ops.py, which knows nothing of a MoR; settings in config.py.
 
 Shapes: B batch, T time, K tokens that run a recursion, D width (d_model), H query heads, G key/value heads, E width of
 a head, N recursions, L layers of the block, C slots of a cache, V vocabulary. Recursions count from 0.
@@ -94,8 +93,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, context: "Context", j: int = 0) -> tuple[Tensor, tuple]:
         """Returns y [B, K, D] for x [B, K, D], and this layer's (k, v) [B, K, G, E]. rope [B, K, E] is of the tokens'
         original positions; j is the layer's place in its stack."""
+        c = self.config
         B, K, _ = x.shape
-        H, G, E = self.config.n_head, self.config.n_kv_head, self.config.head_dim
+        H, G, E = c.n_head, c.n_kv_head, c.head_dim
         h = self.attn_norm(x)
         if context.projects:
             qkv = linears(h, self.wq, self.wk, self.wv)
@@ -103,7 +103,8 @@ class Layer(nn.Module):
             q, k = self.turn(qk, rope).split((H, G), dim=2)
         else:  # kv="share": the keys and values of recursion 0 are used again
             q = linear(h, self.wq.weight).view(B, K, H, E)
-            q, k, v = self.turn(q, rope), None, None
+            q = self.turn(q, rope)
+            k = v = None
         y = context.attend(j, q, k, v)
         x = x + linear(y.reshape(B, K, H * E), self.wo.weight)
 
@@ -134,7 +135,9 @@ class Among:
         if segments is not None:  # causal, and within one document
             same = segments[:, :, None] == segments[:, None, :]
             self.mask = same.tril()[:, None]
-        self.cache, self.layer, self.start = cache, layer, start
+        self.cache = cache
+        self.layer = layer
+        self.start = start
 
     def attend(self, j: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.cache is not None:
@@ -161,8 +164,12 @@ class Cached:
     filled before this token. live [B, 1] bool: rows whose token takes one. projects: whether the token has a K/V."""
 
     def __init__(self, cache: "KVCache", layer: int, r: Any, used: Tensor, live: Tensor, projects: bool = True):
-        self.cache, self.layer, self.r = cache, layer, r
-        self.used, self.live, self.projects = used, live, projects
+        self.cache = cache
+        self.layer = layer
+        self.r = r
+        self.used = used
+        self.live = live
+        self.projects = projects
         self.length = (used + live).clamp(min=1)[:, 0]  # rows that nobody reads must not take a softmax over nothing
 
     def attend(self, j: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
@@ -175,14 +182,12 @@ class Cached:
 
 Context = Among | Shared | Cached
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # routers
 
 
 class Router(nn.Module):
-    """Logits fp32 [B, T, out] of the raw residual stream. "mlp" and "wide_mlp" are the same, as in the released code,
-    whose checkpoints must load."""
+    """Logits fp32 [B, T, out] of the raw residual stream. "mlp" and "wide_mlp" are one, as in the released code."""
 
     def __init__(self, config: MoRConfig, out: int):
         super().__init__()
@@ -195,7 +200,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # always fp32: a rounded logit flips decisions, and the router is a thousandth of the work
         with torch.autocast(x.device.type, enabled=False):
-            x, *weights = x.float(), *(w.float() for w in self.parameters())
+            x = x.float()
+            weights = [w.float() for w in self.parameters()]
             if len(weights) == 2:
                 x = F.gelu(linear(x, weights[0]))
             return linear(x, weights[-1])
@@ -219,8 +225,7 @@ def top_k(logit: Tensor, candidates: Tensor, slots: int, k: int | Tensor) -> Ten
 
 
 def hash_depth(capacities: tuple[float, ...], position: Tensor, token: Tensor | None) -> Tensor:
-    """Returns a depth for each position, so that the capacities hold on average: evenly spread over positions, or, if
-    tokens int64 [B, T] are given, by chance."""
+    """Returns a depth per position that has the capacities on average: evenly spread, or by chance given tokens."""
     x = position * 0x9E3779B1 & 0xFFFFFFFF  # the golden ratio: its multiples fill [0, 1) evenly
     if token is not None:
         x = scramble(scramble(x) + token * 0x85EBCA6B & 0xFFFFFFFF)
@@ -250,7 +255,7 @@ class Pass:
 
     position: Tensor  # [B, T] or [1, T]
     slots: list[int]  # K of each recursion
-    room: Sequence[int | Tensor]  # tokens of a row, int or [B, 1], that recursion r takes: at most K
+    room: list[int | Tensor | None]  # tokens of a row, int or [B, 1], that each recursion takes; None: all
     max_depth: int
     threshold: float = 0.0  # logit from which a token goes on
     topk: bool = False  # expert choice by top-k, which sees the future
@@ -285,8 +290,7 @@ class State(NamedTuple):
     decisions: tuple[Decision, ...] = ()
 
 
-# A row that is served waits between two stages. engine.py keeps every field of its State but these, which are of a
-# stage alone; the fields it keeps are tensors [B, 1, ...].
+# Of a row that is served, engine.py keeps every field of its State between two stages but these.
 OF_ONE_STAGE = ("active", "shared", "decisions")
 
 
@@ -386,7 +390,8 @@ class MoR(nn.Module):
                 decider = ask(self.aux_routers, r, s.x.detach())
             gate = alpha * (logit.tanh() if func == "tanh" else logit.sigmoid())
             s = s._replace(gate=gate, logit=logit, decider=decider)
-        wanted = s.active & (self.takes_all[r] | self.decide(r, s, p))
+        chosen = self.takes_all[r] | self.decide(r, s, p)
+        wanted = s.active & chosen
         active = self.admit(r, wanted, p)
         if c.router != "none" and p.cache is None:
             decision = Decision(s.logit, s.decider, s.active, wanted, active)
@@ -398,7 +403,7 @@ class MoR(nn.Module):
         which token is refused does not depend on later ones; a token without slot ends at the depth it has."""
         if p.decoding and self.config.kv == "recursion":
             fits = wanted & (p.cache.used(r) < p.cache.slots_at[r])
-        elif p.decoding or p.room[r] is p.position.size(1):
+        elif p.decoding or p.room[r] is None:
             return wanted
         else:
             fits = wanted & (wanted.cumsum(1) <= p.room[r])
@@ -408,7 +413,8 @@ class MoR(nn.Module):
 
     def recurse(self, r: int | Tensor, s: State, p: Pass) -> State:
         """Runs recursion r on the active tokens: compact, block, scatter."""
-        c, (B, T) = self.config, s.active.shape
+        c = self.config
+        B, T = s.active.shape
         h, position, segments = s.x, p.position, p.segments
         whole = T == 1 or (p.slots[r] == T and c.takes_all[r])  # nothing to compact
         if not whole:
@@ -512,19 +518,15 @@ class MoR(nn.Module):
     ) -> Output:
         """Runs idx int64 [B, T] through the model -> Output. Raises ValueError.
 
-        targets        int64 [B, T], already shifted; -100 is ignored.
-        labels         int64 [B, T], the same tokens as idx, shifted here; -100 is ignored. Instead of targets.
-        routing        "topk": expert choice over the whole sequence. "causal": as at inference.
-                       None: topk in training mode, causal in eval mode.
-        valid          bool or int [B, T], an attention mask: padding, on either side, takes no slot and has no loss;
-                       each row gives what it gives alone.
-        segments       int [B, T], the document of each token: attention never crosses documents.
-        capacity       fp32 [N], the capacities of this step during capacity warm-up. Slots are then T, and the tensor
-                       says how many are used: a whole schedule costs one more graph.
-        threshold      causal routing: the probability from which expert choice goes on.
-        max_depth      the most recursions that a token runs.
-        return_logits  None: yes, except in training with targets, where they are never whole in memory.
-        return_hidden  also the stream that the head reads.
+        targets        int64 [B, T], already shifted; -100 is ignored
+        labels         instead of targets: the same tokens as idx, shifted here
+        routing        "topk": expert choice over the whole sequence; "causal": as at inference; None: topk in training
+        valid          bool or int [B, T], an attention mask: padding on either side takes no slot and has no loss
+        segments       int [B, T], the document of each token: attention never crosses documents
+        capacity       fp32 [N], this step's capacities during capacity warm-up: a whole schedule costs one more graph
+        threshold      causal routing: the probability from which expert choice goes on
+        max_depth      the most recursions that a token runs
+        return_logits  None: yes, except in training with targets, where they are never whole in memory
         """
         T = idx.size(1)
         routing = routing or ("topk" if self.training else "causal")
@@ -567,12 +569,11 @@ class MoR(nn.Module):
         c, slots, room = self.config, [], []
         chosen = c.router in ("token", "random", "position")
         for r, fraction in enumerate(c.capacities):
-            K = k = T
+            K, k = T, None
             if c.router == "expert" and topk:
-                if capacity is None:
-                    K = k = max(1, round_down(fraction * T))
-                else:
-                    fraction = capacity[r]
+                K = k = max(1, round_down(fraction * T))
+                if capacity is not None:  # slots for all, of which the tensor says how many are used
+                    K, fraction = T, capacity[r]
                 if capacity is not None or isinstance(tokens, Tensor):
                     k = (fraction * tokens + 1e-4).floor().clamp(min=1)
             elif chosen and self.training:
@@ -580,11 +581,11 @@ class MoR(nn.Module):
                 if isinstance(tokens, Tensor):
                     k = (c.capacity_slack * fraction * tokens - 1e-4).ceil()
             slots.append(K)
-            room.append(k)
+            room.append(None if c.takes_all[r] else k)
         return slots, room
 
     def router_logits(self, s: State) -> Tensor | None:
-        """Returns the logits [B, T, N], detached, of the router that decides at inference."""
+        """Returns the logits [B, T, N] of the router that decides at inference."""
         if not s.decisions:
             return None
         if self.config.router == "token":
@@ -644,8 +645,7 @@ class MoR(nn.Module):
 
     @torch.no_grad()
     def update_balance_bias(self, counts: Tensor, rate: float = 1e-3) -> None:
-        """Balances token choice without a loss, after an optimizer step. counts [N]: how many tokens chose each depth
-        (Output.choice), summed over processes."""
+        """Balances token choice without a loss, after an optimizer step. counts [N]: tokens that chose each depth."""
         missing = counts.float().mean() - counts.float()
         self.balance_bias += rate * missing.sign()
 
@@ -660,34 +660,34 @@ class MoR(nn.Module):
         threshold: float = 0.5,
         max_depth: int | None = None,
     ) -> KVCache:
-        """Returns a static cache for `batch_size` rows of up to max_len tokens, in the dtype and on the device of the
-        weights. Recursion r has ceil(slack * capacity_r * max_len) slots a row (slack None: config.capacity_slack). A
-        token whose row has none left stops there and is counted in cache.overflow [B]. Raises ValueError."""
+        """Returns a cache for `batch_size` rows of up to max_len tokens, like the weights. Recursion r has ceil(slack *
+        capacity_r * max_len) slots a row (None: config.capacity_slack). A token that finds none stops there and is
+        counted in cache.overflow [B]. Raises ValueError."""
         slack = self.config.capacity_slack if slack is None else slack
         check_cache(self.config, batch_size, max_len, slack)
         return KVCache(self, batch_size, max_len, slack, *check_routing(self.config, "causal", threshold, max_depth))
 
     @torch.no_grad()
     def prefill(self, idx: Tensor, lengths: Tensor, cache: KVCache, tight: bool = False) -> Tensor:
-        """Starts every row afresh with a right-padded prompt: idx int64 [B, P], lengths int64 [B] in 1..P -> logits
-        fp32 [B, V] at each row's last token.
-
-        tight=True computes only as many tokens as routing should admit in a prompt of this length. If it admitted more,
-        cache.short is set, the result is void, and the caller runs prefill again without it."""
+        """Starts every row with a right-padded prompt: idx int64 [B, P], lengths int64 [B] -> logits fp32 [B, V] of its
+        last token. tight=True computes only as many tokens as routing should admit in a prompt of this length. If it
+        admitted more, cache.short is set, the result is void, and the caller runs prefill again without it."""
         c, (B, P) = self.config, idx.shape
         if B != cache.batch or P > cache.max_len:
             raise ValueError(f"prompts [{B}, {P}] do not fit {cache.batch} rows of {cache.max_len} tokens")
         cache.fill.zero_()
         cache.overflow.zero_()
-        slots = []
+        slots, room = [], []
         for r in range(c.n_recursion):
             K = P if c.kv == "share" else min(P, cache.slots[r])
-            slots.append(min(K, c.slots(r, P, cache.slack)) if tight else K)
+            if tight:
+                K = min(K, c.slots(r, P, cache.slack))
+            slots.append(K)
+            room.append(None if K == P else K)
         position = torch.arange(P, device=idx.device)[None]
         valid = position < lengths[:, None]
-        p = Pass(position, slots, slots, cache.max_depth, cache.threshold, valid=valid, cache=cache)
+        p = Pass(position, slots, room, cache.max_depth, cache.threshold, valid=valid, cache=cache)
         h, s = self.backbone(idx, p)
-
         cache.short.copy_((cache.overflow > 0).any() & tight)
         cache.depth[:, :P] = s.depth
         cache.position.copy_(lengths)
@@ -733,8 +733,7 @@ class MoR(nn.Module):
         return logits
 
     def generate(self, ids: Tensor | list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
-        """Returns the tokens that continue each row of ids (int64 [B, T], or lists of any lengths). options:
-        generate.generate's, such as temperature, top_k, top_p, seed, stop_token. Raises ValueError."""
+        """Returns the tokens that continue each row of ids (int64 [B, T], or lists). options: generate.generate's."""
         from generate import generate
 
         rows = ids.tolist() if isinstance(ids, Tensor) else ids
@@ -744,7 +743,7 @@ class MoR(nn.Module):
     # ---- counting
 
     def num_params(self, embedding: bool = False) -> int:
-        """Returns the parameters; without embedding and head unless asked, as the paper counts them (Table 6)."""
+        """Returns the number of parameters; without embedding and head unless asked (paper Table 6)."""
         total = sum(p.numel() for p in self.parameters())
         if embedding:
             return total
@@ -754,13 +753,11 @@ class MoR(nn.Module):
     def flops_per_token(
         self, T: int, head: bool = False, fractions: Sequence[float] | None = None, convention: str = "exact"
     ) -> float:
-        """Returns forward FLOPs per token of a sequence of T: 2 per weight, the causal half of attention, no embedding,
-        the head on request.
+        """Returns forward FLOPs per token of a sequence of T: 2 per weight, and the causal half of attention.
 
         Where k of T tokens run a recursion, weights cost k/T, attention (k/T)^2, or k/T with kv="share", whose later
-        recursions have no K/V projections. k is what capacity admits, or `fractions` (k/T per recursion) say what
-        routing took. convention="paper" counts the K/V projections at full width, as if there were no grouped queries:
-        only so do the paper's figures come out."""
+        recursions project no K/V. k is what capacity admits, or `fractions` give k/T. convention="paper" counts the K/V
+        projections at full width, as if there were no grouped queries: only so do the paper's figures come out."""
         if convention not in ("exact", "paper"):
             raise ValueError(f"convention={convention!r} must be 'exact' or 'paper'")
         c = self.config
@@ -789,17 +786,15 @@ class MoR(nn.Module):
         slots = c.n_unshared * T + c.n_block * sum(cache_slots(c, T, 1.0))
         return 2 * batch * slots * c.n_kv_head * c.head_dim * dtype.itemsize
 
-    # ---- weights of others, which checkpoint.py reads
-
     def load_reference_state_dict(self, sd: Mapping[str, Tensor]) -> None:
-        """Loads weights in the authors' layout, or a Llama's: checkpoint.load_reference_state_dict."""
+        """Loads weights in the authors' layout, or a Llama's."""
         from checkpoint import load_reference_state_dict
 
         load_reference_state_dict(self, sd)
 
     @classmethod
     def from_pretrained(cls, path: Any, init: str = "stepwise", **overrides) -> "MoR":
-        """Returns the model in a directory: checkpoint.from_pretrained."""
+        """Returns the model that a directory holds."""
         from checkpoint import from_pretrained
 
         return from_pretrained(path, init, **overrides)

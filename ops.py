@@ -7,6 +7,7 @@ slots of a cache, V vocabulary.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -14,6 +15,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+# Of this file's custom operators. A copy that an exported model brings along is another module, in a process that may
+# have this one too, and operators are global.
+OPERATORS = "nanomor" if __name__ == "ops" else "nanomor_" + re.sub(r"\W", "_", __name__)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # matrix products
@@ -118,7 +123,7 @@ def weight_blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[s
         yield at, keys, queries, score.softmax(-1)
 
 
-@torch.library.custom_op("nanomor::attend_on_cpu", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::attend_on_cpu", mutates_args=())
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Returns what attend does."""
     B, _, _, E = q.shape
@@ -131,9 +136,13 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return out
 
 
-@torch.library.custom_op("nanomor::attend_on_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::attend_on_cpu_backward", mutates_args=())
 def attend_on_cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v.
 
@@ -185,15 +194,19 @@ def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
         return flash_decode(q, k, v, length)
     B, _, H, E = q.shape
     C, G = k.shape[1:3]
-    empty = torch.arange(C, device=q.device) >= length[:, None]  # [B, C]
+    slot = torch.arange(C, device=q.device)
+    empty = slot >= length[:, None]  # [B, C]
     if not torch.compiler.is_compiling():
         return attend(q, k, v, ~empty[:, None, None, :])
 
     # Products and sums, so that Inductor fuses reading the cache with the dot product; SDPA works in blocks made for
     # many queries. In eager mode nothing would fuse, and the products are E times the size of the scores.
-    q = q.view(B, G, H // G, 1, E).float() * E**-0.5
-    keys = k.transpose(1, 2)[:, :, None].float()  # [B, G, 1, C, E]
-    values = v.transpose(1, 2)[:, :, None].float()
+    q = q.view(B, G, H // G, 1, E).float()
+    q = q * E**-0.5
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    keys = k[:, :, None].float()  # [B, G, 1, C, E]
+    values = v[:, :, None].float()
     score = (q * keys).sum(-1)  # [B, G, H/G, C]
     score = score.masked_fill(empty[:, None, None], -math.inf)
     weight = score.softmax(-1)
@@ -207,7 +220,7 @@ def use_flash(q: Tensor) -> bool:
     return q.is_cuda and half and find_spec("flash_attn") is not None
 
 
-@torch.library.custom_op("nanomor::flash_decode", mutates_args=())  # opaque to torch.compile, so fullgraph holds
+@torch.library.custom_op(f"{OPERATORS}::flash_decode", mutates_args=())  # opaque to torch.compile, so fullgraph holds
 def flash_decode(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
     """Returns what attend_cache does. q and k come rotated: flash-attn's rotary would use compacted positions."""
     from flash_attn import flash_attn_with_kvcache
@@ -307,11 +320,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             keep = tc != -100
             tc = tc.clamp(min=0)[:, None]
             right = logits.gather(1, tc)[:, 0].float()
-            total = total + ((lse - right) * keep).sum()
+            nll = (lse - right) * keep
+            total = total + nll.sum()
             if wants_grad:
                 probability = (logits.float() - lse[:, None]).exp()
-                d = probability - (token == tc).float()
-                d = (d * keep[:, None]).to(dtype)
+                onehot = (token == tc).float()
+                d = (probability - onehot) * keep[:, None]
+                d = d.to(dtype)
                 dx.append(d @ w)
                 dw = dw + (d.T @ xc).float()
         if wants_grad:

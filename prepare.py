@@ -62,7 +62,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from decimal import Decimal
 from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -71,7 +70,7 @@ import numpy as np
 import tiktoken
 import tiktoken.load
 
-from cli import Parser, fail
+from cli import Parser, fail, spell, whole
 
 EOT = "<|endoftext|>"
 # GPT-2's split pattern in tiktoken's spelling: equivalent to the original and to HF's ByteLevel, but faster
@@ -84,10 +83,10 @@ OPENAI_RANKS = {
     "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d": "o200k_base",
     "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069": "p50k_base",
 }
-# a run of white space that goes around tiktoken's regex, which 300,000 do not crash and a million do
-LONG_SPACE = 100_000
-# looked for at the beginning of each run only: otherwise runs that are almost as long cost their length squared
-SPACES = re.compile(rf"(?<!\s)\s{{{LONG_SPACE}}}")
+# a word that no tokenizer is trained on: that takes the square of its length, 0.3 s for 10,000, 32 s for 100,000
+LONG_WORD = 10_000
+UNBROKEN = re.compile(rf"(?<!\s)\s{{{LONG_WORD}}}|(?<!\S)\S{{{LONG_WORD}}}")
+LONG_RUNS = re.compile(rf"\s{{{LONG_WORD},}}|[^\W\d_]{{{LONG_WORD},}}|\d{{{LONG_WORD},}}|(?:[^\w\s]|_){{{LONG_WORD},}}")
 # text that tokenizers differ on
 PROBE = "The fox can't jump 12345 times,\n\tself.x  = [0x1F] \n 7;\r\n na\u00efve \u4eac\u90fd \U0001f642 <b>"
 # (magic, version) of a shard -> dtype of its tokens
@@ -146,17 +145,6 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def whole(text: str) -> int:
-    """Returns the whole number of 64 bits that `text` spells, as 1000, 1e3 or 1_000. Raises ArgumentTypeError."""
-    try:
-        value = Decimal(text)
-        if -(2**63) <= value < 2**63 and value == value.to_integral_value():
-            return int(value)
-    except ArithmeticError:  # no number, or nan
-        pass
-    raise ArgumentTypeError(f"{text} is not a whole number of 64 bits (1000 or 1e3)")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading prepared data: what the other scripts import
 
@@ -170,7 +158,8 @@ def load_meta(directory: str | Path) -> dict:
     if not path.parent.is_dir():
         fail(f"{directory}: no such data directory; make it with: python prepare.py python --out {directory}")
     if not path.exists():
-        train, val = Shards(directory, "train"), Shards(directory, "val")
+        train = Shards(directory, "train")
+        val = Shards(directory, "val")
         if train.dtype.itemsize != 2:
             fail(f"{directory}: uint32 shards need a meta.json that names their tokenizer, vocab_size and eot")
         meta = dict(vocab_size=50257, tokenizer="gpt2", eot=50256, train_tokens=len(train), val_tokens=len(val))
@@ -364,21 +353,18 @@ def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
 
 
 def encode_array(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Returns the ids of any text as uint32 [tokens]: those that tiktoken gives, also where tiktoken crashes.
+    """Returns the ids of any text as uint32 [tokens]: those that tiktoken gives, also where its regex gives up.
 
-    Between 300,000 and a million white-space characters in a row overflow the stack of its splitting regex, which
-    raises a BaseException. Lone surrogates become "?".
+    Between 300,000 and a million white-space characters in a row overflow the stack of that regex. Lone surrogates
+    become "?".
     """
     if not text.isascii():
         text = replace_surrogates(text)
-    # asked first, since the crash also writes a traceback of its own to the terminal
-    if len(text) < LONG_SPACE or not SPACES.search(text):
-        try:
-            return encoding.encode_to_numpy(text, disallowed_special=())
-        except BaseException as e:
-            if type(e).__name__ != "PanicException":  # its module cannot be imported
-                raise
-    return encode_pieces(encoding, text)
+    try:
+        # not encode_ordinary, in which the same overflow is a panic, which is no Exception and writes to the terminal
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:
+        return encode_pieces(encoding, text)
 
 
 def encode_pieces(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
@@ -449,6 +435,7 @@ def load_ranks(path: Path) -> tiktoken.Encoding:
 
         with patch("tiktoken.load.read_file_cached", lambda *_: data):
             return tiktoken.get_encoding(name)
+    # every line gives a token its rank, but for a first line of ours
     ranks: dict[bytes, int] = {}
     more = None
     for number, line in enumerate(data.splitlines(), 1):
@@ -460,6 +447,7 @@ def load_ranks(path: Path) -> tiktoken.Encoding:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             fail(f"tokenizer {path}: line {number} is not a base64 token and its rank")
+    # tiktoken itself accepts less, and crashes later
     distinct = len(set(ranks.values())) == len(ranks) and min(ranks.values(), default=0) >= 0
     if not distinct or (not more and find_missing_bytes(ranks)):
         fail(f"tokenizer {path}: needs all 256 single bytes and a rank of its own for each token")
@@ -555,9 +543,16 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: Path) -> No
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     progress = sys.stderr is not None and sys.stderr.isatty()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=progress)
-    bpe.train_from_iterator(documents, trainer)
+    bpe.train_from_iterator(map(drop_long_words, documents), trainer)
     bpe.add_special_tokens([EOT])
     bpe.save(str(path))
+
+
+def drop_long_words(text: str) -> str:
+    """Returns the text without its runs of LONG_WORD and more letters, digits, signs or white space."""
+    if len(text) < LONG_WORD or not UNBROKEN.search(text):
+        return text
+    return LONG_RUNS.sub(" ", text)
 
 
 def check_conversion(path: Path, encoding: tiktoken.Encoding, documents: Iterable[str]) -> None:
@@ -566,7 +561,7 @@ def check_conversion(path: Path, encoding: tiktoken.Encoding, documents: Iterabl
 
     # their own tokenizer without special tokens: in a corpus, the names of those are plain text
     bare = read_json(path) | {"added_tokens": [], "post_processor": None}
-    if text := find_difference(encoding, Tokenizer.from_str(json.dumps(bare)), documents):
+    if text := find_difference(encoding, Tokenizer.from_str(json.dumps(bare)), map(drop_long_words, documents)):
         fail(f"tokenizer {path}: tiktoken gives other ids for {text[:40]!r}...; use another tokenizer")
 
 
@@ -605,6 +600,7 @@ def resolve_sources(sources: list[str]) -> list[str | Path]:
     """Returns the sources, globs expanded into paths. A missing or unknown file ends the program before any work."""
     resolved: list[str | Path] = []
     for source in sources:
+        # sources known by name
         if source == "hf:":
             fail("hf: needs the name of a dataset, as hf:roneneldan/TinyStories")
         if source == "fineweb-edu":
@@ -972,11 +968,13 @@ def read_debian(source: str) -> tuple[list[str], list[str]]:
         fail(f"{source}: needs lxml to read HTML; run: pip install lxml")
     name, _, directory = source.partition(":")
     packages = list(DEBIAN)[: DEBIAN_SMALL if name == "debian-small" else None]
+    # what has been read, and (hash, text, package) of each document
     seen: set[bytes] = set()
     found: list[tuple[str, str, str]] = []
     # processes, since a walk through HTML holds the GIL; spawned, since the fork of a process with threads may hang
     workers = ProcessPoolExecutor(min(os.cpu_count() or 1, len(packages)), multiprocessing.get_context("spawn"))
     with tempfile.TemporaryDirectory() as downloads, workers:
+        # the packages: what apt gave must be the listed ones, what the user gives may be newer
         if not directory:
             download_packages(source, Path(downloads), packages)
         files = find_packages(source, Path(directory or downloads), packages)
@@ -986,6 +984,7 @@ def read_debian(source: str) -> tuple[list[str], list[str]]:
             if not directory:
                 fail(f"{source}: {file.name} as downloaded has not the listed SHA-256; try again, or another mirror")
             print(f"note: {file.name} is not the listed {DEBIAN[package][0]}: the text will differ", file=sys.stderr)
+        # their prose, in order of the list, since the first of equal paragraphs is kept
         contents = tqdm(workers.map(read_package, files), "unpack", len(files), disable=None)
         try:
             for package, pages in zip(packages, contents, strict=True):
@@ -1254,6 +1253,7 @@ def write_shards(sources: list[str | Path], encoding: tiktoken.Encoding, directo
     """
     from tqdm import tqdm
 
+    # two shards under way, one a split
     wide = args.dtype == "uint32" or (args.dtype == "auto" and encoding.n_vocab > 65536)
     dtype = np.dtype("<u4" if wide else "<u2")
     train = ShardWriter(directory, "train", dtype, args.shard_tokens)
@@ -1272,6 +1272,7 @@ def write_shards(sources: list[str | Path], encoding: tiktoken.Encoding, directo
     plain = all(isinstance(s, Path) and s.suffix.lower() in READERS and s.suffix != ".parquet" for s in sources)
     total = sum(s.stat().st_size for s in sources) if plain else None
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None)
+    # tokenized ahead in threads, written in order; the extremes are for the errors below
     skipped: Counter = Counter()
     lowest = 1.0
     highest = 0.0
@@ -1327,12 +1328,14 @@ def replace_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     mark = making / LOCK
     if making.is_symlink() or (not mark.exists() and any(making.iterdir())):
         fail(f"--out {out}: {making} is in the way and was not made by prepare.py; rename it, or name another --out")
+    # one process at a time; the next one can say who has it
     lock = os.open(mark, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(lock, 999).decode(errors="replace")
         fail(f"--out {out}: another prepare.py is writing it ({holder}); wait for that one or name another directory")
+    # from here on the directory is ours to remove
     try:
         os.truncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -1456,6 +1459,7 @@ def train_on_sources(sources: list[str | Path], size: int, path: Path, args) -> 
 
 def prepare(args: argparse.Namespace) -> dict:
     """Does everything between the command line and the finished directory; returns meta.json's dict."""
+    # all that can be wrong with the command line, before anything is written
     sources = resolve_sources(args.source)
     name = find_tokenizer(args.tokenizer)
     size, encoding = parse_tokenizer(name)
@@ -1525,6 +1529,7 @@ def main() -> None:
     add("--dtype", choices=["auto", "uint16", "uint32"], default="auto", help="default: by vocabulary")
     add("--threads", type=parse_count, default=os.cpu_count(), help="default: all cores")
     add("--overwrite", action="store_true", help="replace an output directory that is already prepared")
+    # the work; what goes wrong on the way is one line
     args = parser.parse_intermixed_args()
     began = time.perf_counter()
     try:
@@ -1535,15 +1540,14 @@ def main() -> None:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
 
+    # what came out
     seconds = time.perf_counter() - began
     size = meta["train_bytes"] + meta["val_bytes"]
     train = meta["train_tokens"]
     val = meta["val_tokens"]
-    # the name of a directory need not be text that this terminal can show
-    shown = str(args.out).encode(getattr(sys.stdout, "encoding", "utf-8"), "backslashreplace").decode(errors="replace")
     print(
-        f"{shown}: {size / 1e6:.1f} MB of text in {seconds:.1f} s, {train:,} train and {val:,} val tokens, "
-        f"vocabulary {meta['vocab_size']}, {size / (train + val):.2f} bytes a token"
+        f"{spell(args.out)}: {size / 1e6:.1f} MB of text in {seconds:.1f} s, {train:,} train and {val:,} val "
+        f"tokens, vocabulary {meta['vocab_size']}, {size / (train + val):.2f} bytes a token"
     )
 
 

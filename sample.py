@@ -23,7 +23,6 @@ ends where the context does; it does not slide. Row i draws its randomness from 
 alone, so a row gives the same in any batch.
 """
 
-import codecs
 import json
 import os
 import sys
@@ -36,12 +35,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import from_pretrained, load_run, run_tokenizer
+import prepare
+from checkpoint import open_model
 from cli import Parser, fail, open_device
 from engine import Engine, Request
 from generate import Decoder, Generated, bucket, check_request, generate, setting_errors
 from model import KVCache, MoR
-from prepare import load_tokenizer, tokenizer_file
+from prepare import load_tokenizer, read_text, whole
 from show import UNSAFE, Painter, paint, read_passage, routing_heatmap, token_bytes, write_page
 
 MEMORY = (MemoryError, RuntimeError)  # what is raised for want of memory: torch's error is but a RuntimeError
@@ -93,17 +93,6 @@ def read_flags(argv: list[str] | None) -> Namespace:
     return args
 
 
-def whole(text: str) -> int:
-    """Returns the integer that a flag spells: 1000, 1e3, or a seed of any size."""
-    try:
-        return int(text)
-    except ValueError:
-        value = float(text)
-        if value % 1 != 0:  # NaN and infinity too
-            raise
-        return int(value)
-
-
 def check_writable(name: str, file: str | None) -> None:
     """Ends the program, before there is work to lose, if a file could not be written."""
     if file is None:
@@ -116,50 +105,20 @@ def check_writable(name: str, file: str | None) -> None:
         fail(f"{name} {file} cannot be written ({e.strerror}): name a file in a directory that exists")
 
 
-def open_model(path: str, device: str, dtype: torch.dtype | None) -> tuple:
-    """Returns (model in eval mode, its tokenizer or None, config of its run) of anything that holds a model.
-
-    config["train"] is empty where there was no run. Ends the program with one line over what holds no model.
-    """
-    home = Path(path)
-    weights = home.is_dir() and [*home.glob("*.safetensors"), *home.glob("pytorch_model*.bin")]
-    if not weights or any(home.glob("ckpt_*.pt")):
-        model, _, checkpoint = load_run(home, device, dtype)
-        return model, run_tokenizer(home, checkpoint), checkpoint["config"]
-    try:
-        model = from_pretrained(home)
-    except ValueError as e:
-        fail(str(e))
-    enc = load_tokenizer(home) if tokenizer_file(home) else None
-    return model.to(device, dtype).eval(), enc, dict(model=model.config.asdict(), train={}, data={})
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # what people give
 
 
-def read_text(file: str) -> str:
-    """Returns the text of a UTF-8 file, or of standard input for "-", without a byte-order mark."""
-    try:
-        if file != "-":
-            data = Path(file).read_bytes()
-        elif sys.stdin is None:
-            fail("-: there is no standard input; name a file")
-        else:
-            data = sys.stdin.buffer.read()
-        return data.removeprefix(codecs.BOM_UTF8).decode()
-    except OSError as e:
-        fail(f"{file}: {e.strerror}")
-    except UnicodeDecodeError as e:
-        fail(f"{file}: not UTF-8 text (byte {e.start})")
-
-
 def read_argument(text: str) -> str:
-    """Returns a command-line argument as UTF-8, whatever the locale made of it."""
+    """Returns a command-line argument as the UTF-8 that it was typed in, whatever the locale made of it."""
     try:
         return os.fsencode(text).decode()
-    except UnicodeError:
-        return text
+    except UnicodeDecodeError as e:
+        if any(
+            0xD800 <= ord(c) < 0xE000 for c in text
+        ):  # how Python hands on bytes that its own reading had no use for
+            fail(f"PROMPT is not UTF-8 text (byte {e.start}): put it into a file, converted with iconv")
+        return text  # of a terminal with another encoding, which the locale knows
 
 
 def read_records(file: str) -> list[dict]:
@@ -171,8 +130,8 @@ def read_records(file: str) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
+        except (ValueError, RecursionError) as e:
+            fail(f"{file}: line {number} is not JSON ({e})")
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             fail(f'{file}: line {number} is not {{"prompt": "..."}}')
         records.append(record)
@@ -191,12 +150,7 @@ def encode(enc, text: str, limit: int) -> list[int]:
     longest = max(len(token) for token in enc.token_byte_values())
     if size > limit * longest:
         raise ValueError(f"the prompt has at least {size // longest} tokens, the context {limit}: shorten it")
-    try:
-        return enc.encode_ordinary(text) or [enc.eot_token]
-    except BaseException as e:  # tiktoken's pattern gives up on very long runs, in a panic that is no Exception
-        if type(e).__name__ != "PanicException":
-            raise
-        raise ValueError("the tokenizer cannot split the prompt: break up its long runs of one kind") from None
+    return prepare.encode(enc, text) or [enc.eot_token]
 
 
 def read_settings(args: Namespace, eot: int, steps: int) -> tuple[dict, dict]:
@@ -224,14 +178,14 @@ def wants_color(args: Namespace) -> bool:
     return args.color == "always"
 
 
+def print_legend(n: int) -> None:
+    print("recursions:", *(paint(f" {d} ", d) for d in range(1, n + 1)), flush=True)
+
+
 def draw_samples(decoder: Decoder, enc, ids: list[int], args: Namespace, sampling: dict) -> list[Generated]:
     """Writes `--samples` continuations of a prompt to standard output as they come, as many at a time as the decoder
     has rows."""
-    color = wants_color(args)
-    if color:
-        legend = [paint(f" {d} ", d) for d in range(1, decoder.model.config.n_recursion + 1)]
-        print("recursions:", *legend)
-    painter = Painter(enc, color, sys.stdout, args.samples)
+    painter = Painter(enc, wants_color(args), sys.stdout, args.samples)
     done = []
     for first in range(0, args.samples, decoder.cache.batch):
         rows = range(first, min(first + decoder.cache.batch, args.samples))
@@ -249,20 +203,23 @@ def draw_samples(decoder: Decoder, enc, ids: list[int], args: Namespace, samplin
 def continue_one(model: MoR, enc, text: str, args: Namespace) -> None:
     """Samples of one prompt, with what was asked for beside them."""
     block = model.config.block_size
+    # what is asked for, before what takes time
     ids = encode(enc, text, block)
     check_request(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     batch = min(args.batch, args.samples)
     new = min(args.max_new_tokens, block - len(ids))
     sampling, options = read_settings(args, enc.eot_token, -(-args.samples // batch) * new)
     decoder = Decoder(model, batch, bucket(len(ids) + new, block), **options)
-    if options["compile"]:
+    if options["compile"]:  # apart, so that the speed below is that of decoding
         start = time.perf_counter()
         generate(model, [ids], 2, decoder=decoder, **sampling)
         print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    n = model.config.n_recursion
+    if wants_color(args):
+        print_legend(n)
     done = draw_samples(decoder, enc, ids, args, sampling)
 
     # the pictures, of what was really run: a full cache may have ended tokens early
-    n = model.config.n_recursion
     if args.heatmap:
         tokens = [token_bytes(enc, t) for t in ids + done[0].tokens[0]]
         routing_heatmap(tokens, done[0].depth[0], n, args.heatmap, prompt=len(ids))
@@ -293,6 +250,8 @@ def converse(model: MoR, enc, args: Namespace) -> None:
     sampling, options = read_settings(args, enc.eot_token, steps=0)
     decoder = Decoder(model, args.samples, model.config.block_size, **options)
     print("type a text to be continued; Ctrl-D ends", file=sys.stderr)
+    if wants_color(args):
+        print_legend(model.config.n_recursion)
     while True:
         try:
             draw_samples(decoder, enc, encode(enc, input("> "), model.config.block_size), args, sampling)
@@ -332,6 +291,7 @@ def continue_many(model: MoR, enc, records: list[dict], args: Namespace) -> None
             room = max(1, min(args.max_new_tokens, block - len(prompt)))
             requests.append(engine.submit(prompt, room, seed=args.seed + i, **sampling))
 
+    # results leave in order: what is done early waits for those before it
     printed = 0
     with tqdm(total=len(requests), unit=" prompts", disable=None) as bar:
         while engine.step() or printed < len(requests):
@@ -382,12 +342,8 @@ def report(model: MoR, cache: KVCache, speed: str, depths: list[list[int]], over
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started the program
-            setattr(sys, name, open(os.devnull, "w"))
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    args = read_flags(argv)
+def run(args: Namespace) -> None:
+    """Reads the text first: a file that cannot be read should not cost the loading of a model."""
     records = read_records(args.prompts) if args.prompts else []
     text = read_text(args.file) if args.file else read_argument(args.prompt or "")
     device = open_device(args.device)
@@ -397,27 +353,39 @@ def main(argv: list[str] | None = None) -> None:
         enc = load_tokenizer(args.tokenizer)
     if enc is None:
         fail(f"{args.run} holds no tokenizer: name it with --tokenizer (a name, a file, or a directory that has one)")
-    interactive = args.prompt is None and not args.file and sys.stdin is not None and sys.stdin.isatty()
+
+    # without a prompt a terminal is asked; a pipe, or a page to be written, gets a document from its beginning
+    asked = args.prompt is None and not args.file and not args.html and not args.heatmap
+    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if records:
+        continue_many(model, enc, records, args)
+    elif asked and terminal:
+        converse(model, enc, args)
+    else:
+        continue_one(model, enc, text, args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the program
+            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    args = read_flags(argv)
     try:
-        if records:
-            continue_many(model, enc, records, args)
-        elif interactive and sys.stdout.isatty() and not args.html and not args.heatmap:
-            converse(model, enc, args)
-        else:
-            continue_one(model, enc, text, args)
+        run(args)
         sys.stdout.flush()
-    except ValueError as e:
-        fail(str(e))
     except KeyboardInterrupt:
         sys.exit(130)
+    except ValueError as e:
+        fail(str(e))
     except MEMORY as e:
         if not isinstance(e, MemoryError) and "memory" not in str(e):
             raise
-        fail(f"out of memory on {device}: lower --batch, --samples or --max-new-tokens")
+        fail(f"out of memory on {args.device}: lower --batch, --samples or --max-new-tokens, or take a smaller model")
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more can be written, not even at the end
         if not isinstance(e, BrokenPipeError):  # the reader, say head, has seen enough
-            fail(f"{e.filename or 'standard output'}: cannot be written ({e.strerror})")
+            fail(f"{e.filename or 'standard output'}: {e.strerror or e}")
 
 
 if __name__ == "__main__":

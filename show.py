@@ -127,8 +127,8 @@ def routing_heatmap(
     return figure
 
 
-def make_labeller():
-    """Returns a function from a token to a label of at most 14 characters, all of which the font has."""
+def make_labeller(size: int = 14):
+    """Returns a function from a token to a label of at most `size` characters, all of which DejaVu Sans Mono has."""
     from matplotlib import font_manager, ft2font
 
     font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans Mono"))
@@ -139,7 +139,7 @@ def make_labeller():
         text = ""
         for c in token.translate(SPELLED):
             text += c if c.isprintable() and font.get_char_index(ord(c)) else f"\\u{ord(c):04x}"
-        return text if len(text) <= 14 else text[:13] + "…"
+        return text if len(text) <= size else text[: size - 1] + "…"
 
     return label
 
@@ -161,14 +161,14 @@ class Passage(NamedTuple):
 def read_passage(model, enc, ids: list[int], prompt: int = 0, routing: str = "causal", **knobs) -> Passage:
     """Returns the passage of token ids, at most block_size of them; knobs are threshold and max_depth of a forward."""
     import torch
+    from torch.nn.functional import cross_entropy
 
     c = model.config
     idx = torch.tensor([ids], device=model.wte.weight.device)
     with torch.no_grad():
         out = model(idx, routing=routing, **knobs)
     depth = out.depth[0].tolist()
-    log_p = out.logits[0, :-1].float().log_softmax(-1)
-    surprise = -log_p.gather(1, idx[0, 1:, None])[:, 0]
+    surprise = cross_entropy(out.logits[0, :-1], idx[0, 1:], reduction="none")
 
     # expert choice asks before each recursion that not all may run, until one says no; token choice chooses once
     router: list[list] = [[] for _ in ids]
@@ -207,6 +207,7 @@ def write_page(
         COUNT=f"{len(flat):,}",
         MEAN=f"{sum(flat) / max(1, len(flat)):.2f}",
         N=str(n),
+        GIVEN=" The prompt is underlined." if any(p.prompt for p in passages) else "",
         COLORS="\n".join(style_depth(d, n) for d in range(n + 1)),
         LEGEND="\n".join(legend),
         TEXTS="\n".join(set_text(passage) for passage in passages),
@@ -311,7 +312,7 @@ PAGE = """<!doctype html>
 @media (prefers-color-scheme: light) { [class*="d"] { --depth: var(--light) } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Noto Sans", sans-serif }
-main { max-width: 74rem; margin: 0 auto; padding: 2.2rem 1.6rem 3rem; display: grid; gap: 1.6rem 2.6rem;
+main { max-width: 66rem; margin: 0 auto; padding: 2.2rem 1.6rem 3rem; display: grid; gap: 1.6rem 2.6rem;
   grid-template-columns: minmax(0, 1fr) 16.5rem }
 header { grid-column: 1 / -1; border-bottom: 1px solid var(--line); padding-bottom: 1.1rem }
 h1 { font-size: 1.55rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; overflow-wrap: anywhere }
@@ -376,7 +377,7 @@ details td:nth-child(2), details th:nth-child(2) { text-align: left; white-space
 </table>
 <p>{{COUNT}} tokens took {{MEAN}} of {{N}} recursions on average. Loss: how badly tokens of that depth predict what
 comes next. Press a depth to see it alone; point at a token, or walk with the arrow keys, to see what the router
-said.</p>
+said.{{GIVEN}}</p>
 </aside>
 <details>
 <summary>All tokens as a table</summary>

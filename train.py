@@ -40,7 +40,6 @@ import shutil
 import signal
 import socket
 import sys
-import sysconfig
 import time
 import warnings
 from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -69,7 +68,7 @@ from checkpoint import (
     write_state,
     written_at_once,
 )
-from cli import Parser, fail, flag
+from cli import Parser, check_compiler, fail, flag, spell, whole
 from config import CHOICES as MODEL_CHOICES
 from config import PRESETS, MoRConfig
 from eval import Measured, fractions, measure, rounded, router_metrics
@@ -177,16 +176,6 @@ class TrainConfig:
         return bad
 
 
-def parse_count(text: str) -> int:
-    """Returns a whole number, however it is written: 800, 8e2, 1_000."""
-    with suppress(ValueError):
-        return int(text)
-    with suppress(ValueError):
-        if float(text).is_integer():
-            return int(float(text))
-    raise ArgumentTypeError(f"{text!r} must be a whole number")
-
-
 def parse_numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(x) for x in text.split(","))
@@ -200,7 +189,7 @@ def parse_dtype(text: str) -> str:
     return text
 
 
-KINDS = dict(tuple=parse_numbers, float=float, int=parse_count, str=str)  # by the first of these in an annotation
+KINDS = dict(tuple=parse_numbers, float=float, int=whole, str=str)  # by the first of these in an annotation
 
 
 def make_parser() -> Parser:
@@ -316,7 +305,7 @@ class World:
         """Prints a line, unless its terminal is gone: that is no reason to lose a run."""
         if self.rank == 0:
             with suppress(OSError):
-                print(show_plainly(text), flush=True)
+                print(spell(text), flush=True)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over processes, in place."""
@@ -341,13 +330,6 @@ class World:
         if box[1] is not None:
             sys.exit(box[1])
         return box[0]
-
-
-def show_plainly(text: str) -> str:
-    """Returns text without what a terminal would obey or could not encode: names of files may hold anything."""
-    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def read_ranks() -> tuple[int, int, int] | None:
@@ -440,17 +422,24 @@ def to_device(rows: np.ndarray, eot: int | None, device: torch.device) -> tuple[
 def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig, dict[str, Tensor] | None]:
     """Returns (the configuration that --preset or --init-from and the model flags describe, weights if it comes with
     any). Every process reads --init-from: a mistake ends them all, and file and seed make the same weights in each."""
-    path, model, remedy = Path(cfg.init_from), None, "leave --vocab-size out"
+    path, model, theirs = Path(cfg.init_from), None, meta
+    remedy = "leave --vocab-size out"
     try:
         if not cfg.init_from:
-            config = MoRConfig.preset(cfg.preset, **(MODEL_DEFAULTS | dict(vocab_size=meta["vocab_size"]) | given))
+            settings = MODEL_DEFAULTS | dict(vocab_size=meta["vocab_size"])
+            config = MoRConfig.preset(cfg.preset, **(settings | given))
         else:
             torch.manual_seed(cfg.seed)  # of new routers
-            own = any(path.glob("ckpt_*.pt")) or path.is_file() and path.suffix == ".pt"
-            model, theirs, _ = load_run(path) if own else (from_pretrained(path, cfg.init, **given), meta, None)
-            config, remedy = replace(model.config, **given), "prepare the data with the tokenizer of the weights"
+            if any(path.glob("ckpt_*.pt")) or path.is_file() and path.suffix == ".pt":
+                model, theirs, _ = load_run(path)
+            else:
+                model = from_pretrained(path, cfg.init, **given)
+            config = replace(model.config, **given)
+            remedy = "prepare the data with the tokenizer of the weights"
     except ValueError as e:
         fail(str(e)[:400])
+
+    # flags and data that this model has no use for
     if cfg.capacity_warmup and config.router != "expert":
         fail(f"--capacity-warmup {cfg.capacity_warmup} needs --router expert, not {config.router}: leave it out")
     if cfg.aux_lr_factor != 1 and config.causality != "aux_router":
@@ -459,8 +448,11 @@ def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig,
         fail(f"a vocabulary of {config.vocab_size} is below the {meta['vocab_size']} of {cfg.data}: {remedy}")
     if model is None:
         return config, None
+
+    # weights that the flags, or the data, do not fit
     with torch.device("meta"):
-        shapes, needed = ({k: t.shape for k, t in m.state_dict().items()} for m in (model, MoR(config)))
+        needed = {name: w.shape for name, w in MoR(config).state_dict().items()}
+    shapes = {name: w.shape for name, w in model.state_dict().items()}
     if needed != shapes:
         fail(f"the weights in {path} do not fit the model flags: leave these out, or start from what eval.py exports")
     if theirs["tokenizer"] != meta["tokenizer"]:
@@ -502,15 +494,6 @@ def warn_of_plan(cfg: TrainConfig, meta: dict) -> list[str]:
             " losses will not compare with the paper's; prepare with --tokenizer and SmolLM's directory"
         )
     return found
-
-
-def check_compiler() -> None:
-    """Ends the program if torch.compile would find no C++ compiler, or no header of Python, to build with."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if not any(shutil.which(name) for name in names):
-        fail(f"--compile needs a C++ compiler ({' or '.join(names)}): apt-get install g++, or use --no-compile")
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        fail("--compile needs Python's header Python.h: apt-get install python3-dev, or use --no-compile")
 
 
 def check_ids(cfg: TrainConfig, shards: tuple[Shards, ...], vocab_size: int, world: World) -> None:
@@ -744,7 +727,9 @@ class Run:
         return self.meta["eot"] if self.cfg.doc_mask else None
 
     def saved_config(self) -> dict:
-        return dict(model=self.config.asdict(), train=asdict(self.cfg), data=self.meta)
+        """Returns what config.json and checkpoints hold, as JSON gives it back: with lists for tuples."""
+        config = dict(model=self.config.asdict(), train=asdict(self.cfg), data=self.meta)
+        return json.loads(json.dumps(config))
 
     def autocast(self):
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.cfg.dtype == "bf16" else nullcontext()
@@ -772,11 +757,15 @@ def train_step(run: Run) -> Tensor:
     Nothing here waits for the device: an update that is not finite is skipped through the optimizer's found_inf, as
     loss scaling does, counted in run.bad, and looked at when a step is logged."""
     cfg, world, step = run.cfg, run.world, run.progress["step"]
+    balancing = run.config.router == "token" and run.config.balance == "bias"
+
+    # the batch, and how many of its tokens are predicted
     batches = run.micro_batches()
     valid = [(targets != -100).sum() for _, targets, _ in batches]
     total = world.sum(torch.stack(valid).sum())
     capacities = warm_capacities(cfg, step, run.config, world.device)
-    balancing = run.config.router == "token" and run.config.balance == "bias"
+
+    # gradients, summed over micro-batches
     stats = torch.zeros(3 + len(TERMS), device=world.device)
     depths = torch.arange(1, run.config.n_recursion + 1, device=world.device)
     counts = torch.zeros(len(depths), device=world.device)
@@ -790,12 +779,16 @@ def train_step(run: Run) -> Tensor:
         stats += torch.stack([out.loss.detach(), *terms, out.depth.float().mean(), dropped]) * share
         if balancing:  # by what tokens chose: what a full depth turned away was chosen nevertheless
             counts += (out.choice[..., None] == depths).sum((0, 1))
+
+    # what is not finite is counted and skipped
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     skip = (~norm.isfinite()).float()
     run.bad[0] = (run.bad[0] + 1) * skip
     run.bad[1:] += torch.cat([skip[None], (~stats[1 : 1 + len(TERMS)].isfinite()).float()])
     run.optimizer.found_inf = skip
+
+    # the update
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step) * group.get("lr_factor", 1)
     run.optimizer.step()
@@ -826,29 +819,43 @@ def warm_up(run: Run) -> None:
 
 
 def evaluate(run: Run, rows: np.ndarray) -> dict:
-    """The evaluation blocks [E, T+1], divided over the processes and gathered -> NLL (nats per token) with causal and
-    with top-k routing, and the health of the router. Eager: two more graphs cost more than they save."""
-    world, config, expert = run.world, run.config, run.config.router == "expert"
-    routings = ["causal"] * (not expert or config.causality != "none") + ["topk"] * expert
-    part = -(-len(rows) // world.size)  # the last one wraps round: every process must make the same calls
+    """Measures the evaluation blocks [E, T+1], divided over the processes -> NLL (nats per token) with causal and with
+    top-k routing, and the health of the router. Eager: two more graphs cost more than they save."""
+    world, config = run.world, run.config
+    routings = []
+    if config.router != "expert" or config.causality != "none":
+        routings.append("causal")
+    if config.router == "expert":
+        routings.append("topk")
+
+    # this process's part; the last one wraps round, as every process must make the same calls
+    part = -(-len(rows) // world.size)
     mine = rows.take(range(world.rank * part, (world.rank + 1) * part), axis=0, mode="wrap")
     run.model.eval()
     with torch.compiler.set_stance("force_eager"), run.autocast():
         measured = [measure(run.model, mine, routing, run.eot) for routing in routings]
     run.model.train()
-    everyone, passes, metrics = [measured] * world.size, [], {}
+    everyone = [measured] * world.size
     if world.size > 1:
         dist.all_gather_object(everyone, measured)
+
+    # the loss by each routing
+    passes, metrics = [], {}
     for routing, *parts in zip(routings, *everyone, strict=True):
-        columns = zip(*parts, strict=True)
-        m = Measured(*(None if x[0] is None else np.concatenate(x)[: len(rows)] for x in columns))
+        columns = []
+        for values in zip(*parts, strict=True):
+            columns.append(None if values[0] is None else np.concatenate(values)[: len(rows)])
+        m = Measured(*columns)
         passes.append(m)
-        loss, selected = ("val_loss", "selected") if routing == "causal" else ("val_topk", "selected_topk")
+        suffix = "" if routing == "causal" else "_topk"
+        loss = "val_topk" if suffix else "val_loss"
         metrics[loss] = m.nll.mean(dtype=float)
         if run.meta["val_bytes"]:  # unknown for shards without meta.json
             metrics[loss + "_bpb"] = metrics[loss] / math.log(2) * run.meta["val_tokens"] / run.meta["val_bytes"]
         if config.router != "none":
-            metrics[selected] = fractions(m.depth, config.n_recursion)
+            metrics["selected" + suffix] = fractions(m.depth, config.n_recursion)
+
+    # what the router does: as at inference, and as it is trained
     if config.router != "none":
         taken, trained = router_metrics(config, passes[0]), router_metrics(config, passes[-1])
         metrics |= dict(depth=passes[0].depth.mean(), maxvio=taken["max_vio"])
@@ -908,9 +915,11 @@ def inside(path: str | Path, out: str | Path) -> bool:
 
 
 def find_checkpoint(cfg: TrainConfig, tensors: dict) -> tuple[Path, dict] | None:
-    """What to continue from: the newest good checkpoint in --out, --resume's, or where --cooldown-from starts -> its
-    path and what every process must know of it; weights and optimizer go to `tensors`, as only the chief needs them."""
-    paths, named = checkpoints(Path(cfg.out)), cfg.cooldown_from if cfg.resume == "auto" else cfg.resume
+    """Finds what to continue from: the newest good checkpoint in --out, --resume's, or where --cooldown-from starts ->
+    its path and what every process must know of it; weights and optimizer go to `tensors`, as only the chief needs
+    them."""
+    paths = checkpoints(Path(cfg.out))
+    named = cfg.cooldown_from if cfg.resume == "auto" else cfg.resume
     if cfg.cooldown_from and inside(cfg.cooldown_from, cfg.out):
         fail(f"--cooldown-from {cfg.cooldown_from} is in --out {cfg.out}: give the cool-down an --out of its own")
     if paths and (cfg.resume == "auto" or step_of(Path(named)) < step_of(paths[-1])):
@@ -920,6 +929,8 @@ def find_checkpoint(cfg: TrainConfig, tensors: dict) -> tuple[Path, dict] | None
         named = ""  # the run that started there has come further: this is the same command once more
     if named and not Path(named).is_file():
         fail(f"checkpoint {named} does not exist")
+
+    # the newest that is whole
     for path in [Path(named)] if named else paths[::-1]:
         try:
             checkpoint = read_checkpoint(path)
@@ -957,28 +968,37 @@ def resume(run: Run, path: Path, saved: dict, tensors: dict) -> None:
 def check_same_run(run: Run, path: Path, saved: dict) -> tuple[list[str], dict]:
     """Refuses another model or tokenizer, and a step that the schedule does not have -> (what else differs between this
     command and the checkpoint's, in words; the fields of SCHEDULE, where they are not this command's)."""
-    now, then = (json.loads(json.dumps(c)) for c in (run.saved_config(), saved["config"]))  # tuples become lists
-    there = then["model"]
-    model = [f"{k} {there.get(k)} there, {v} here" for k, v in now["model"].items() if v != there.get(k)]
+    now = run.saved_config()
+    then = json.loads(json.dumps(saved["config"]))  # older checkpoints hold tuples
+
+    # what would make it another run
+    defaults = {f.name: f.default for f in fields(MoRConfig)}  # of settings that are younger than the checkpoint
+    there = defaults | then["model"]
+    model = [f"{k} {there[k]} there, {v} here" for k, v in now["model"].items() if v != there[k]]
     if model:
         fail(f"{path} is another model ({', '.join(model)}): repeat its flags, or choose another --out")
-    theirs, ours = ((c["data"]["tokenizer"], c["data"]["vocab_size"]) for c in (then, now))
+    theirs = then["data"]["tokenizer"], then["data"]["vocab_size"]
+    ours = now["data"]["tokenizer"], now["data"]["vocab_size"]
     if theirs != ours:
         fail(f"{path} was trained with tokenizer {theirs}, {run.cfg.data} has {ours}: use data of the same one")
     theirs = then["train"].get("optimizer", "adamw")
     if theirs != run.cfg.optimizer:
         fail(f"{path} was trained with --optimizer {theirs}, this is {run.cfg.optimizer}: repeat that flag")
     schedule = {}
-    if run.cfg.cooldown_from:  # from another run's plateau, or a cool-down that was interrupted
+    if run.cfg.cooldown_from:
         schedule = {k: then["train"][k] for k in SCHEDULE}
-        schedule = schedule if inside(path, run.out) else cool_down(schedule, saved["step"], run.cfg.steps)
+        if not inside(path, run.out):  # another run's plateau; else a cool-down that was interrupted
+            schedule = cool_down(schedule, saved["step"], run.cfg.steps)
     elif saved["step"] > run.cfg.steps:
         fail(f"{path} has done {saved['step']} steps already, more than --steps {run.cfg.steps}")
+
+    # what makes it go on in another way
     harmless = "out resume cooldown_from data device dtype compile log_every keep keep_at budgets recipe dry_run"
     harmless = [*harmless.split(), "tensorboard", "wandb", "wandb_project"]
     changed = {k: v for k, v in (now["train"] | schedule).items() if v != then["train"].get(k) and k not in harmless}
     notes = [f"{k} {then['train'].get(k)} -> {v}" for k, v in changed.items()]
-    notes += ["data (its blocks come in another order from here)"] * (now["data"] != then["data"])
+    if now["data"] != then["data"]:
+        notes.append("data (its blocks come in another order from here)")
     return notes, schedule
 
 
@@ -1063,27 +1083,35 @@ def read_metrics(out: Path) -> list[dict]:
 
 def log_step(run: Run, stats: Tensor, seconds: float, steps: int) -> None:
     """Tells what `steps` steps in `seconds` came to; `stats`: train_step's, of the last of them, on the CPU."""
-    cfg, world, step, last = run.cfg, run.world, run.progress["step"], run.cfg.steps
+    cfg, world, step = run.cfg, run.world, run.progress["step"]
     loading = torch.tensor([run.loading / seconds / world.size])  # a bound on the waiting: a GPU computes meanwhile
     loss, lm, *others, depth, dropped, loading = world.sum(torch.cat([stats[:-1], loading])).tolist()
-    row = dict(loss=loss, lm=lm) | {k: v for k, v in zip(TERMS[1:], others, strict=True) if v != 0}
+    row = dict(loss=loss, lm=lm)
+    row |= {name: value for name, value in zip(TERMS[1:], others, strict=True) if value != 0}
     row |= dict(depth=depth, norm=float(stats[-1]), lr=run.optimizer.param_groups[0]["lr"])
     if run.config.router not in ("none", "expert"):
         row["dropped"] = dropped
-    shown, rate, skipped = describe(row), steps * cfg.batch_tokens / seconds, int(run.bad[1])
-    flops = 3 * run.model.flops_per_token(run.config.block_size, head=True) * rate  # backward is twice the forward
-    row |= dict(tokens_per_second=rate, flops_per_second=flops, of_peak=flops / run.peak, loading=loading)
-    row |= dict(skipped=skipped, peak_memory=peak_memory(world.device))
-    minutes, left = divmod(int((last - step) * seconds / steps), 60)
-    world.say(
-        f"step {step:>5}/{last}  {shown}  {rate:,.0f} tok/s  {flops / 1e12:.3f} TFLOP/s {flops / run.peak:.0%} of peak"
-        f"  eta {minutes}:{left:02d}" + f"  skipped {skipped}" * bool(skipped)
-    )
+    shown = describe(row)
+
+    # how fast
+    speed = steps * cfg.batch_tokens / seconds
+    flops = 3 * run.model.flops_per_token(run.config.block_size, head=True) * speed  # backward is twice the forward
+    row |= dict(tokens_per_second=speed, flops_per_second=flops, of_peak=flops / run.peak, loading=loading)
+    row |= dict(skipped=int(run.bad[1]), peak_memory=peak_memory(world.device))
+    minutes, left = divmod(int((cfg.steps - step) * seconds / steps), 60)
+    speed = f"{speed:,.0f} tok/s  {flops / 1e12:.3f} TFLOP/s {flops / run.peak:.0%} of peak"
+    line = f"step {step:>5}/{cfg.steps}  {shown}  {speed}  eta {minutes}:{left:02d}"
+    if row["skipped"]:
+        line += f"  skipped {row['skipped']}"
+    world.say(line)
     world.chief_does(record, run, row)
+
+    # what the user should know
     if dropped > 0.01 and not run.warned:
-        run.warned, slack = True, run.config.capacity_slack
-        what = f"{dropped:.1%} of the tokens find no slot at a depth that they chose (--capacity-slack {slack:g})"
-        world.say(f"warning: {what}: raise it; {run.config.n_recursion} drops none, as the paper's runs")
+        run.warned = True
+        what = f"{dropped:.1%} of the tokens find no slot at a depth that they chose"
+        remedy = f"raise --capacity-slack {run.config.capacity_slack:g}; {run.config.n_recursion} drops none"
+        world.say(f"warning: {what}: {remedy}, as the paper's runs")
     if run.bad[0] >= cfg.max_skipped:
         counts = zip(TERMS, world.sum(run.bad[2:].clone()).tolist(), strict=True)
         blame = ", ".join(f"{k} {int(n)} times" for k, n in counts if n) or "the gradient, no loss"
@@ -1122,7 +1150,7 @@ def plot(run: Run, bigram: float) -> None:
         ax.plot(*np.array(points).reshape(-1, 2).T, style, label=label if points else None)
     ax.axhline(bigram, color="gray", ls=":", label="bigram model")
     ax.set(xlabel="step", ylabel="nats per token")
-    ax.set_title(show_plainly(f"{run.out.name}: {describe_model(run)}"), parse_math=False)  # a name may have a $
+    ax.set_title(spell(f"{run.out.name}: {describe_model(run)}"), parse_math=False)  # a name may have a $
     ax.legend()
     try:
         plt.savefig(run.out / "loss.png", dpi=120)
@@ -1156,15 +1184,20 @@ class StopRequest:
 
 
 def train(run: Run, rows: np.ndarray, evaluated: int, stop: StopRequest) -> dict | None:
-    """Steps, evaluations, checkpoints -> metrics of the last evaluation; None if asked to stop before. Goes round once
+    """Takes steps, evaluates, saves -> metrics of the last evaluation; None if asked to stop before. Goes round once
     more than there are steps, so that the last weights are evaluated and saved as well."""
     cfg, world, progress = run.cfg, run.world, run.progress
-    first, last, save_every = progress["step"], cfg.steps, cfg.save_every or cfg.eval_every
+    first = progress["step"]
+    save_every = cfg.save_every or cfg.eval_every
     while True:
-        step, stopping = progress["step"], world.agree(stop.since is not None)
-        done, fresh, due = step == last, step > first, step > evaluated and step % cfg.eval_every == 0
+        # what is due before the next step
+        step = progress["step"]
+        stopping = world.agree(stop.since is not None)
+        done = step == cfg.steps
+        fresh = step > first
         saving = fresh and (done or stopping or step % save_every == 0 or step in cfg.keep_at)
-        evaluating = done or (due and not stopping)
+        evaluating = done or (step > evaluated and step % cfg.eval_every == 0 and not stopping)
+
         if evaluating:
             metrics = evaluate(run, rows)
             if step > evaluated:
@@ -1173,18 +1206,22 @@ def train(run: Run, rows: np.ndarray, evaluated: int, stop: StopRequest) -> dict
             if (saving or not fresh) and loss < progress["best_loss"]:
                 progress.update(best_loss=loss, best_step=step)
             world.say(f"step {step:>5}  evaluation: {describe(metrics)}")
-            for warning in router_warnings(metrics, run.config) if step >= last // 2 else []:
-                world.say(f"warning: {warning}")
+            if step >= cfg.steps // 2:
+                for warning in router_warnings(metrics, run.config):
+                    world.say(f"warning: {warning}")
         if saving:
             save(run)
         if done:
             return metrics
         if stopping:
-            return world.say(f"stopped after step {step}; the same command continues from {run.out}")
+            world.say(f"stopped after step {step}; the same command continues from {run.out}")
+            return None
+
+        # a step, timed without evaluating and saving
         if not fresh or saving or evaluating:
-            mark, marked, run.loading = time.perf_counter(), step, 0.0  # evaluating and saving are not training speed
+            mark, marked, run.loading = time.perf_counter(), step, 0.0
         stats = train_step(run)
-        if (step + 1) % cfg.log_every == 0 or step + 1 == last:
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             stats = stats.cpu()  # the one place of the loop that waits for the device
             log_step(run, stats, time.perf_counter() - mark, step + 1 - marked)
             mark, marked, run.loading = time.perf_counter(), step + 1, 0.0

@@ -1,6 +1,8 @@
 """bench.py: every command in its quick form, the shape of its JSON, and counts against numbers worked out by hand."""
 
 import json
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -67,6 +69,21 @@ def test_cost_reproduces_the_paper(cost_360M):
     for variant, kept, read in (("expert-3", 4 / 6, 4 / 6), ("share-3", 1 / 3, 1.0), ("expert-4", 5 / 8, 5 / 8)):
         assert by[variant]["kv_shared_layers"] == pytest.approx(kept, abs=1e-3)
         assert by[variant]["kv_read"] == pytest.approx(read, abs=1e-3)
+
+
+def test_cost_by_the_papers_convention(cost_360M):
+    """With K and V counted at full width, the released 360M runs all come to the 16.5 EFLOPs that the paper gives them,
+    and shared K/V saves FLOPs; at the true width it does not."""
+    by = cost_360M["by"]
+    for variant, ratio in {"expert-2": 0.7479, "expert-3": 0.6665, "expert-4": 0.6639, "share-3": 0.6433}.items():
+        assert by[variant]["flops_paper_ratio"] == pytest.approx(ratio, abs=1e-3)
+    steps = {"vanilla": 9438, "expert-2": 12619, "expert-3": 14161, "expert-4": 14216, "share-3": 14672}  # released
+    for variant, n in steps.items():
+        assert by[variant]["flops_paper"] * n * 1024 * 2048 == pytest.approx(16.50e18, rel=1e-3)
+    layer = 4 * 960 * 960 + 3 * 960 * 2560  # q, k, v, o at full width; gate, up, down
+    assert by["vanilla"]["flops_paper"] == 32 * (2 * layer + 2 * 2048 * 960)
+    assert by["share-3"]["flops_paper"] < by["expert-3"]["flops_paper"]
+    assert by["share-3"]["flops"] > by["expert-3"]["flops"]
 
 
 def test_plan_by_hand(cost_360M):
@@ -153,6 +170,51 @@ def test_quick_cost_and_plot(tmp_path, capsys):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+# ---- launches: on fake tensors, in processes of their own
+
+
+def count_known_launches() -> dict:
+    """Counts a function whose kernels are known."""
+    from fake_cuda import count_launches, pretend
+
+    with pretend():
+        x, w = torch.zeros(2, 3, 64, 64, dtype=torch.bfloat16)[0], torch.zeros(3, 64, 64, dtype=torch.bfloat16)
+        products = dict(count_launches(lambda x, w: (x[0] @ w[0]).relu() @ w[1] + 1, x, w))
+        attention = dict(count_launches(lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x), x[None]))
+    return dict(products=products, attention=attention)
+
+
+def test_launches_are_counted_without_a_gpu(capsys):
+    pytest.importorskip("triton")
+    known = bench.run_in_fresh_process(count_known_launches, env={})
+    assert known["products"] == {"matmul": 2, "triton": 2} and known["attention"]["other"] == 1
+    result, text = run(capsys, "launches", "expert-2", "--quick", "--stages", "block")
+    check_schema(result, "launches")
+    (row,) = result["rows"]
+    assert (row["stage"], row["launches"]) == ("block", row["triton"] + row["matmul"]) and "sm_90" in text
+    assert row["launches"] <= 26  # one layer, its router and its cache: a ceiling that may only come down
+
+
+# ---- what the documents say
+
+
+def documented_commands() -> list[str]:
+    """Returns the arguments of every complete bench.py command in README.md, RESULTS.md and the docstring."""
+    commands = re.findall(r"^    python bench.py ([^#\n]*)", bench.__doc__, re.MULTILINE)
+    for name in ("README.md", "RESULTS.md"):
+        commands += re.findall(r"`bench\.py (\w+ [^`]+)`", (ROOT / name).read_text())
+    return [" ".join(command.split()) for command in commands]
+
+
+def test_documented_commands_parse():
+    commands = documented_commands()
+    assert len(commands) > 20 and {command.split()[0] for command in commands} >= {*bench.COMMANDS, "plot"}
+    for command in commands:
+        args = bench.build_parser().parse_args(shlex.split(command))
+        for variant in getattr(args, "variants", []):
+            bench.make_config(variant, args.preset, 512)
+
+
 # ---- its parts
 
 
@@ -160,7 +222,7 @@ def test_balanced_routing_has_the_fractions_of_capacity():
     torch.manual_seed(0)
     size = dict(vocab_size=64, block_size=512, n_layer=5, n_head=2, n_kv_head=1, d_model=32, d_ff=32, n_recursion=3)
     for router in ("expert", "token"):
-        model = bench.balance(MoR(MoRConfig(router=router, **size)).eval())
+        model = bench.balance_routers(MoR(MoRConfig(router=router, **size)).eval())
         depth = model(torch.randint(64, (8, 512))).depth
         for r, capacity in enumerate((1, 2 / 3, 1 / 3)):
             assert (depth > r).float().mean() == pytest.approx(capacity, abs=0.04)
@@ -170,11 +232,11 @@ def test_interleave_summaries_and_warnings():
     order = []
     cases = {name: lambda name=name: order.append(name) or len(order) for name in "ABC"}
     assert bench.interleave(cases, 2) == {"A": [1, 4], "B": [2, 5], "C": [3, 6]} and order == list("ABCABC")
-    assert bench.ratio([2, 4, 6], [1, 1, 6]) == 2 and bench.spread([1, 2, 4]) == 1.5
-    assert bench.disturbances(dict(load=0.0), dict(A=0.05)) == []
-    loud = bench.disturbances(dict(load=1e3), dict(A=0.5))
+    assert bench.compare_rounds([2, 4, 6], [1, 1, 6]) == 2 and bench.measure_spread([1, 2, 4]) == 1.5
+    assert bench.find_disturbances(dict(load=0.0), dict(A=0.05)) == []
+    loud = bench.find_disturbances(dict(load=1e3), dict(A=0.5))
     assert "rounds of A differ by 50%" in loud[0] and "load average 1000" in loud[1]
-    seconds = bench.stopwatch([lambda: None, lambda: sum(range(100_000))], torch.device("cpu"))
+    seconds = bench.time_stages([lambda: None, lambda: sum(range(100_000))], torch.device("cpu"))
     assert len(seconds) == 2 and 0 < seconds[0] < seconds[1]
     assert statistics.median(bench.matmul_peak(torch.device("cpu"), torch.float32, 0.01) for _ in range(3)) > 1e8
 
@@ -192,7 +254,7 @@ def test_depth_grows_as_the_papers():
     (["train", "--batch", "0"], "--batch 0 must be at least 1"),
     (["decode", "--batch", "1", "0"], "--batch [1, 0] must be at least 1"),
     (["cost", "1T"], "unknown preset '1T'"),
-    (["train", "--device", "abacus"], "--device abacus cannot be used here"),
+    (["train", "--device", "abacus"], "--device abacus: "),
     (["cost", "--quick", "--json", "/nowhere/a.json"], "cannot write --json /nowhere/a.json"),
     (["plot", "/nowhere.json", "-o", "a.png"], "cannot read /nowhere.json"),
     (["plot", __file__, "-o", "a.png"], "does not end with a line of JSON from bench.py"),

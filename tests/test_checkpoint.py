@@ -119,10 +119,11 @@ def test_layout_is_known_by_names(kind, said, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["recursive", "expert"])
+@pytest.mark.parametrize("kind", ["recursive", "expert", "random", "qk_norm"])
 def test_open_model_takes_whatever_holds_one(kind, tmp_path, capsys):
     """A run, its checkpoint, its export, and (tokenizer or not) the same weights without a run."""
-    model = make_model(tiny(vocab_size=257, **KINDS[kind])).eval()
+    more = dict(random=dict(n_recursion=3, router="random"), qk_norm=dict(qk_norm=True))
+    model = make_model(tiny(vocab_size=257, **(KINDS | more)[kind])).eval()
     run = tmp_path / "run"
     run.mkdir()
     write_tokenizer(run)

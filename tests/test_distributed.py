@@ -107,6 +107,15 @@ def test_two_processes_with_muon_are_one(flags, tmp_path, parallel):
     assert losses(tmp_path / "single") == pytest.approx(late, abs=1e-4)
 
 
+def test_the_line_for_eight_gpus_starts(tmp_path):
+    """torchrun --nproc_per_node=8 train.py --preset 360M, up to the plan: its batch can be shared by eight."""
+    data = write_data(tmp_path / "data", train_tokens=2_200_000, val_tokens=3000)
+    done = run(8, ["--preset", "360M", "--data", data, "--out", tmp_path / "run", "--dry-run"], timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "9438 steps of 2097152 tokens" in done.stdout
+    assert "128 sequences per step and process" in done.stdout and not (tmp_path / "run").exists()
+
+
 def test_restarts_do_not_meet_the_dead(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")

@@ -2,13 +2,12 @@
 
 import copy
 import json
-import re
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load_golden, make_batch, make_model, relative, tiny
+from conftest import load_golden, make_batch, make_model, relative, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1093,11 +1092,3 @@ def test_compiled_causal_evaluation_equals_eager(compiler):
     torch.testing.assert_close(out.logits, expected.logits, atol=1e-4, rtol=0)
     assert torch.equal(out.depth, expected.depth)
     assert_one_graph(compiler, graphs=1)
-
-
-def test_the_readmes_example_runs():
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    names = {}
-    exec(code, names)
-    assert names["out"].depth.shape == (2, 64) and names["model"].wte.weight.grad is not None
-    assert names["logits"].shape == (2, 8192) and names["cache"].position.tolist() == [65 + 10, 40 + 10]

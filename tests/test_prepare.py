@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import prepare
+from cli import whole
 from prepare import EOT, Shards, load_meta, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -467,7 +468,7 @@ def test_every_mistake_is_one_line(corpus, capsys, monkeypatch):
         "none of the 40 documents is in val: --val-fraction 0.": ["corpus.jsonl", "--val-fraction", "1e-9", *bpe],
         "all 40 documents are in val: --val-fraction 0.": ["corpus.jsonl", "--val-fraction", "0.99999", *bpe],
         "--threads: 0 is not a number": ["corpus.jsonl", "--threads", "0"],
-        "--max-tokens: inf is not a whole number": ["corpus.jsonl", "--max-tokens", "inf"],
+        "--max-tokens: inf must be a whole number": ["corpus.jsonl", "--max-tokens", "inf"],
         "int32": ["corpus.jsonl", "--shard-tokens", "1e10", *bpe],
         "unrecognized arguments: --vocab": ["corpus.jsonl", "--vocab", "5"],
         "--out empty.txt: is a file": ["corpus.jsonl", "--out", "empty.txt", *bpe],
@@ -572,6 +573,18 @@ def test_command_line_as_documented(corpus):
 # People's files, names and machines
 
 BYTES = ("--tokenizer", "bytes.tiktoken", "--val-fraction", "0.3")
+
+
+def test_training_does_not_stop_at_a_long_word(corpus):
+    """The trainer takes hours over a million characters without a border between words, whatever they are."""
+    runs = ["x" * 1_000_000, " " * 1_000_000, "7" * 1_000_000, "_=" * 500_000, "\n\t" * 500_000]
+    texts = [f"a {run} b" for run in runs] + [make_text(i) for i in range(40)]
+    Path("long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    began = time.perf_counter()
+    run("long.jsonl", "--out", "d", "--tokenizer", "train:300", "--val-fraction", "0.3")
+    assert time.perf_counter() - began < 60
+    assert sorted(documents("d", "train") + documents("d", "val")) == sorted(texts)
+    assert prepare.drop_long_words(chinese := "京都。" * 9_000) == chinese  # has borders, but no spaces
 
 
 def write_parquet(path: str | Path, texts: list) -> None:
@@ -824,7 +837,15 @@ def test_a_parent_that_is_not_ours(corpus, monkeypatch):
     byte_ranks("bytes.tiktoken")
     Path("theirs/d").mkdir(parents=True)
     access = os.access
+    make = os.mkdir
+
+    def mkdir(path, *args, **options):
+        if Path(path).parent.name == "theirs":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *args, **options)
+
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "theirs" and access(path, mode))
+    monkeypatch.setattr(os, "mkdir", mkdir)
     run("corpus.jsonl", "--out", "theirs/d", *BYTES)
     assert len(documents("theirs/d", "val")) > 0 and os.listdir("theirs") == ["d"]
 
@@ -895,11 +916,11 @@ def test_byte_order_marks_and_utf_16(corpus, capsys):
 
 def test_whole_numbers():
     for text, value in [("7", 7), ("1e3", 1000), ("1_000", 1000), ("2.0", 2), ("-5", -5), ("9e18", 9 * 10**18)]:
-        assert prepare.whole(text) == value and type(prepare.whole(text)) is int
-    assert prepare.whole("9007199254740993") == 2**53 + 1  # no float is
+        assert whole(text) == value and type(whole(text)) is int
+    assert whole("9007199254740993") == 2**53 + 1  # no float is
     for text in ("1.5", "1e-3", "inf", "nan", "sNaN", "", "x", "1e19", "-1e19", "1e999999999", str(2**63)):
-        with pytest.raises(argparse.ArgumentTypeError, match="not a whole number"):
-            prepare.whole(text)
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number"):
+            whole(text)
 
 
 def test_flags_are_numbers_as_people_write_them(corpus, capsys):
@@ -910,7 +931,7 @@ def test_flags_are_numbers_as_people_write_them(corpus, capsys):
     assert 2000 <= meta["train_tokens"] < 2500 and len(Shards("d", "train").files) == 3
     assert run("corpus.jsonl", "--out", "e", "--tokenizer", "train:3e2", "--val-fraction", "0.3")["vocab_size"] == 300
     for flag, value in [("--threads", "1.5"), ("--shard-tokens", "1e-3"), ("--max-tokens", "-1000")]:
-        assert f"argument {flag}: {value} is not a" in error(capsys, "corpus.jsonl", "--out", "f", flag, value)
+        assert f"argument {flag}: {value} " in error(capsys, "corpus.jsonl", "--out", "f", flag, value)
     assert "train:1.5: train:N needs N" in error(capsys, "corpus.jsonl", "--out", "f", "--tokenizer", "train:1.5")
 
 
@@ -978,6 +999,8 @@ def test_locale_names_and_home(corpus, monkeypatch):
             done = start(f"{name}.{suffix}", "--out", name, "--overwrite", *BYTES, **environment)
             assert (done.returncode, done.stderr) == (0, "") and "tokens, vocabulary 257" in done.stdout
             assert len(documents(name, "train") + documents(name, "val")) == 20
+    done = start("naïve.jsonl", "--out", "a\x9b2Jb\x1b[5m", *BYTES)
+    assert done.returncode == 0 and done.stdout.startswith(r"a\x9b2Jb\x1b[5m: ")  # neither clears nor blinks
     Path("set").mkdir()
     write_parquet("set/train.parquet", [make_text(i) for i in range(20)])
     Path("file").write_text("")

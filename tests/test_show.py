@@ -162,7 +162,10 @@ def test_the_loss_beside_the_text_may_be_that_of_more_text(tmp_path):
     write_page(tmp_path / "a.html", [some_passage()], 3, "a", by_depth=rows)
     legend = Reader((tmp_path / "a.html").read_text()).rows[1:3]
     assert [row[1] for row in legend] == ["62.5%", "37.5%"]
-    assert "4.50" in (tmp_path / "a.html").read_text() and "3.25" in (tmp_path / "a.html").read_text()
+    text = (tmp_path / "a.html").read_text()
+    assert "4.50" in text and "3.25" in text and "prompt is underlined" in text
+    write_page(tmp_path / "a.html", [some_passage(prompt=0)], 3, "a", by_depth=rows)
+    assert "prompt is underlined" not in (tmp_path / "a.html").read_text()
 
 
 def test_two_thousand_tokens_are_a_small_file_that_asks_for_nothing(tmp_path):

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, relative
+from test_checkpoint import golden_weights, write_directory
 
 import checkpoint
+import cli
 import train
 from model import MoRConfig
 from prepare import Shards
@@ -136,6 +138,8 @@ VARIANTS = {
     "shared kv": "--kv share --checkpoint-recursions --schedule cosine",
     "capacity": "--capacity 1,0.5,0.25 --doc-mask",
     "no choice": "--capacity 1,1,1",
+    "random": "--router random",
+    "position": "--router position --kv share --qk-norm",
 }
 
 
@@ -204,6 +208,20 @@ def test_sizes_bring_their_batch(long_data, tmp_path, capsys):
     assert "800 steps of 2048 tokens" in out and "warning" not in out
 
 
+def test_the_lines_of_the_manual_start(long_data, tmp_path, capsys, monkeypatch):
+    """Every command in the docstring, up to the plan of what it would train."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line.split("#")[0] for line in train.__doc__.splitlines() if "train.py" in line]
+    lines = [line.split("train.py")[1].split() for line in lines if line.startswith("    ")]
+    started = []
+    for line in lines:
+        if "--recipes" not in line and "--init-from" not in line:
+            train.main([*line, "--data", str(long_data), "--dry-run"])
+            started.append(capsys.readouterr().out)
+    assert len(started) == 7 and all("steps of" in out and "warning" not in out for out in started)
+    assert started[4].count("steps of") == 4  # a plateau, and three budgets
+
+
 def test_budgets_from_one_plateau(data, tmp_path, capsys):
     """Each budget is the run of that many steps with its cool-down, to the bit; the same command continues."""
     common = ("--warmup", 2, "--lr", 0.01, "--eval-every", 100)
@@ -268,10 +286,10 @@ MISTAKES = {
     "no such weights": (["--init-from", "/nowhere"], "/nowhere/config.json"),
     "no such package": (["--wandb"], "pip install wandb"),
     "unwritable": (["--out", "/proc/run"], "cannot write to --out /proc/run"),
-    "half a step": (["--steps", "1.5e0"], "'1.5e0' must be a whole number"),
-    "infinite steps": (["--steps", "inf"], "'inf' must be a whole number"),
-    "two steps": (["--steps", "1,2"], "'1,2' must be a whole number"),
-    "seed": (["--seed", "18446744073709551616"], "must be below 2**63"),
+    "half a step": (["--steps", "1.5e0"], "1.5e0 must be a whole number"),
+    "infinite steps": (["--steps", "inf"], "inf must be a whole number"),
+    "two steps": (["--steps", "1,2"], "1,2 must be a whole number"),
+    "seed": (["--seed", "18446744073709551616"], "--seed"),
     "negative seed": (["--seed", "-1"], "--seed -1 must be at least 0"),
     "fp16": (["--dtype", "fp16"], "use bf16"),
     "half": (["--dtype", "half"], "loses gradients below 6e-8"),
@@ -283,8 +301,8 @@ MISTAKES = {
     "kept": (["--keep-at", "0,4"], "--keep-at 0,4 must be positive numbers"),
     "budgets of a cosine": (["--budgets", "8,12", "--schedule", "cosine"], "--budgets needs --schedule trapezoid"),
     "budgets that cool down": (["--budgets", "8,12", "--cooldown-from", "x"], "no --cooldown-from"),
+    "small FLOPs": (["--budgets", "1e9,2e9", "--warmup", "700"], "too few to cool down from"),
     "small budget": (["--budgets", "2,12"], "too few to cool down from"),
-    "small FLOPs": (["--budgets", "1e9,2e9", "--warmup", "50"], "too few to cool down from"),
 }
 
 
@@ -319,7 +337,7 @@ def test_environment_that_is_not_of_torchrun(data, tmp_path, capfd, monkeypatch)
 @pytest.mark.parametrize("missing", ["compiler", "the compiler that CXX names", "Python.h"])
 def test_compiling_needs_a_compiler(data, tmp_path, capfd, monkeypatch, missing):
     if missing == "Python.h":
-        monkeypatch.setattr(train.sysconfig, "get_paths", lambda: dict(include=str(tmp_path)))
+        monkeypatch.setattr(cli.sysconfig, "get_path", lambda name, scheme=None: str(tmp_path))
     elif missing == "compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
@@ -566,7 +584,7 @@ def test_dropped_tokens_are_counted_and_warned_about(data, tmp_path, capsys):
     train.main(flags(data, tmp_path / "few", *common, "--capacity", "1,0.2,0.1", "--capacity-slack", 1))
     rows = [row for row in train.read_metrics(tmp_path / "few") if "loss" in row]
     assert max(row["dropped"] for row in rows) > 0.01
-    assert capsys.readouterr().out.count("find no slot at a depth that they chose (--capacity-slack 1)") == 1
+    assert capsys.readouterr().out.count("find no slot at a depth that they chose: raise --capacity-slack 1;") == 1
     train.main(flags(data, tmp_path / "all", *common, "--capacity-slack", 3))
     rows = [row for row in train.read_metrics(tmp_path / "all") if "loss" in row]
     assert [row["dropped"] for row in rows] == [0, 0, 0]
@@ -888,6 +906,20 @@ def test_uptraining_from_a_llama(data, tmp_path, capsys):
     assert "llama, expert router, 1+2x2+1 layers" in capsys.readouterr().out
     train.main([*uptrain(data, tmp_path / "mor", llama, *more), "--steps", "5"])
     assert "continuing from" in capsys.readouterr().out and list(losses(tmp_path / "mor")) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("case", ["expert_mc3", "token_mc3_softmax"])
+def test_uptraining_from_the_authors_checkpoint(case, data, tmp_path):
+    """Only the directory is named; router and recursions are the file's, and so is the first loss."""
+    llama = write_directory(tmp_path / "theirs", golden_weights(case), "bin")
+    more = ("--batch-tokens", 256, "--micro-batch", 4, "--steps", 2, "--capacity-slack", 3)
+    train.main(uptrain(data, tmp_path / "up", llama, *more))
+    config = json.loads((tmp_path / "up" / "config.json").read_text())["model"]
+    assert (config["router"], config["n_recursion"]) == (case.split("_")[0], 3)
+    rows = np.concatenate(list(train.Blocks(Shards(data, "train"), 64, 0).batches(0, 4, 4)))
+    idx, targets, _ = train.to_device(rows, None, torch.device("cpu"))
+    model = train.MoR.from_pretrained(llama, capacity_slack=3.0)
+    assert losses(tmp_path / "up")[1] == pytest.approx(model(idx, targets).loss.item(), abs=1e-4)
 
 
 def write_byte_tokenizer(directory, first=0):
