@@ -785,7 +785,7 @@ def report(args) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows, begin, end = read_rows(args.rows), "<!-- study.py report -->", "<!-- end of study.py report -->"
+    rows, begin, end = read_rows(args.rows), "<!-- study -->", "<!-- /study -->"
     if not rows:
         fail(f"{args.rows} has no rows: study.py run makes them")
     text = args.page.read_text() if args.page.exists() else f"{begin}\n{end}\n"
