@@ -367,7 +367,7 @@ def train_one(args, spec: Spec, lock) -> dict:
         fastest=round(max(speeds)),  # of any 20 steps: pauses and other programs only slow a run down
         wall=round(wall),
         cpu=round(cpu),
-        alone=torch.cuda.is_available() or cpu > 0.95 * wall,
+        alone=torch.cuda.is_available() or cpu > 0.9 * wall,
         commit=name_commit(),
         command=shlex.join(["python", "train.py", *line]),
         continued_from=shared.parent.name if continued else None,
@@ -785,7 +785,7 @@ def report(args) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows, begin, end = read_rows(args.rows), "<!-- study.py report -->", "<!-- end of study.py report -->"
+    rows, begin, end = read_rows(args.rows), "<!-- study -->", "<!-- /study -->"
     if not rows:
         fail(f"{args.rows} has no rows: study.py run makes them")
     text = args.page.read_text() if args.page.exists() else f"{begin}\n{end}\n"

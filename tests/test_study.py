@@ -304,7 +304,7 @@ def test_report_from_fixed_rows(place, tmp_path):
     rows.append(made_up(args, "MoR-3", 2.6, budget=2.4e9, scaling=curve))
     write_rows(tmp_path / "rows.jsonl", rows)
     page = tmp_path / "RESULTS.md"
-    page.write_text("before\n<!-- study.py report -->\nobsolete\n<!-- end of study.py report -->\nafter\n")
+    page.write_text("before\n<!-- study -->\nobsolete\n<!-- /study -->\nafter\n")
     study.main(["report", *place, "--page", str(page)])
     text = page.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "obsolete" not in text
