@@ -290,8 +290,7 @@ class State(NamedTuple):
     decisions: tuple[Decision, ...] = ()
 
 
-# Of a row that is served, engine.py keeps every field of its State between two stages but these.
-OF_ONE_STAGE = ("active", "shared", "decisions")
+OF_ONE_STAGE = ("active", "shared", "decisions")  # of a served row, engine.py keeps all other fields between stages
 
 
 class MoR(nn.Module):
@@ -369,11 +368,10 @@ class MoR(nn.Module):
     def decide(self, r: int | Tensor, s: State, p: Pass) -> Tensor:
         """The routing rule: returns the tokens that run recursion r, bool [B, T].
 
-        Of these, only tokens that ran recursion r-1 count, and where capacities[r] is 1.0 all of them go on. In training
-        expert choice has floor(capacity * T) slots: if there are more, the last positions are dropped (out.dropped).
-        May read p.position, s.x, s.depth, s.choice, s.logit (of the gate's router) and s.decider (of the one obeyed at
-        inference). Where it looks only at a token and those before it, decoding stays equal to the full forward. r is
-        an int, or int64 [B, 1] where rows are served at different depths."""
+        Only tokens that ran recursion r-1 count; where capacities[r] is 1.0 all of them go on. Of more than there are
+        slots for, the last are dropped (out.dropped). May read p.position, s.x, s.depth, s.choice, s.logit (the gate's
+        router) and s.decider (the one obeyed at inference). If it looks only at a token and those before it, decoding
+        stays equal to the full forward. r is an int, or int64 [B, 1] where rows are served at different depths."""
         if self.config.router != "expert":  # a depth was chosen before recursion 0
             return s.active if s.choice is None else s.choice > r
         if not p.topk:
@@ -453,9 +451,7 @@ class MoR(nn.Module):
         """The shared layers: h [B, K, D] -> y [B, K, D], and the (k, v) of each layer."""
         c, kv = self.config, []
         for j in range(c.n_block):
-            place = j
-            if "sequence" in c.sharing:
-                place = (r * c.n_block + j) // c.n_recursion
+            place = (r * c.n_block + j) // c.n_recursion if "sequence" in c.sharing else j
             h, layer_kv = self.block[place](h, rope, context, j)
             kv.append(layer_kv)
         return h, kv
@@ -790,7 +786,7 @@ class MoR(nn.Module):
         return 2 * batch * slots * c.n_kv_head * c.head_dim * dtype.itemsize
 
     def load_reference_state_dict(self, sd: Mapping[str, Tensor]) -> None:
-        """Loads weights in the authors' layout, or a Llama's."""
+        """Loads weights in the authors' layout."""
         from checkpoint import load_reference_state_dict
 
         load_reference_state_dict(self, sd)

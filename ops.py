@@ -266,7 +266,7 @@ def take(x: Tensor | None, index: Tensor, fill: int | None = None) -> Tensor | N
 def take_rows(x: Tensor | None, index: Tensor, inverse: Tensor) -> Tensor | None:
     """Returns the rows of x [B, S, D] at index [B, K], zeros where it is S, as [B, K, D]; None for None.
 
-    `inverse` [B, S] undoes the index (K for rows not taken). Without padding: torch.take_along_dim(x, index[..., None], 1)."""
+    `inverse` [B, S] undoes the index (K for rows not taken). Else torch.take_along_dim(x, index[..., None], 1)."""
     return None if x is None else TakeRows.apply(x, index, inverse)
 
 
