@@ -741,6 +741,8 @@ def draw_losses(args, rows: list[dict], axes) -> None:
     for axis, name in zip(axes, names, strict=True):
         axis.set(xscale="log", xlabel=name, ylabel="nats per token")
     axes[0].set_xlim(min(args.budgets) / 2, max(args.budgets) * 2)
+    if not any(seconds_of(rows, row) for row in rows):
+        axes[1].text(0.5, 0.5, "no run had a core to itself", ha="center", transform=axes[1].transAxes)
     axes[0].legend(frameon=False, fontsize=8)
 
 
