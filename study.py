@@ -741,6 +741,8 @@ def draw_losses(args, rows: list[dict], axes) -> None:
     for axis, name in zip(axes, names, strict=True):
         axis.set(xscale="log", xlabel=name, ylabel="nats per token")
     axes[0].set_xlim(min(args.budgets) / 2, max(args.budgets) * 2)
+    if not any(seconds_of(rows, row) for row in rows):
+        axes[1].text(0.5, 0.5, "no run had a core to itself", ha="center", transform=axes[1].transAxes)
     axes[0].legend(frameon=False, fontsize=8)
 
 
@@ -830,8 +832,11 @@ def show_status(args) -> None:
     flops_left = sum(spec.budget for spec in left)
     print(f"{len(done)} of {len(done) + len(left)} runs are done; left: {flops_left:.3g} FLOPs", end="")
     if rows:
-        rate = sum(row["flops"] for row in rows) / sum(max(row["wall"], 1) for row in rows)
-        print(f", {flops_left / rate / 3600:.1f} hours for one queue")
+        seconds = sum(
+            max(1, min(row["wall"], row.get("cpu", row["wall"]))) for row in rows
+        )  # CPU time if it was paused
+        hours = flops_left / sum(row["flops"] for row in rows) * seconds / 3600
+        print(f", {hours:.1f} hours for one queue that is not disturbed")
     else:
         print()
 
