@@ -125,7 +125,8 @@ class MoRConfig:
 
     def slots(self, r: int, length: int, slack: float) -> int:
         """Returns the slots that `length` tokens have at recursion r: ceil(slack * capacity * length), or length."""
-        return min(length, round_up(slack * self.capacities[r] * length))
+        wanted = slack * self.capacities[r] * length
+        return length if wanted >= length else round_up(wanted)
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)

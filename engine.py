@@ -219,9 +219,10 @@ class Engine:
         while self.waiting and self.free:
             request, seat = self.waiting.popleft(), self.free.popleft()
             self.owner[seat], request.status = request, "running"
-            self.knobs["temperature"][seat] = request.temperature
+            V = self.model.config.vocab_size
+            self.knobs["temperature"][seat] = min(request.temperature, 1e30)  # what fp32 holds
             self.knobs["top_p"][seat] = request.top_p
-            self.knobs["top_k"][seat] = request.top_k or self.model.config.vocab_size
+            self.knobs["top_k"][seat] = min(request.top_k or V, V)
             self.knobs["seed"][seat] = request.seed % 2**32
 
             *body, self.given[seat] = request.prompt

@@ -145,7 +145,8 @@ def sample_token(logits: Tensor, knobs: dict[str, Tensor], position: Tensor, fil
     if filtered is None:
         return logits.argmax(-1)
     temperature = knobs["temperature"][:, None]
-    z = logits.float() / torch.where(temperature > 0, temperature, 1.0)
+    # bounded, as a quotient of infinities has no best token
+    z = logits.float() / torch.where(temperature > 0, temperature.clamp(1e-30, 1e30), 1.0)
     gap = z.amax(-1, keepdim=True) - z
     weight = torch.exp(-gap)
     if filtered:
@@ -323,7 +324,8 @@ def generate(
 
     room = [min(max_new_tokens, cache.max_len - n) for n in lengths]
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else seed
-    top = top_k or model.config.vocab_size
+    top = min(top_k or model.config.vocab_size, model.config.vocab_size)
+    temperature = min(temperature, 1e30)  # what fp32 holds
     decoder.start(prompts, room, stop_token, seed=seeds, temperature=temperature, top_p=top_p, top_k=top)
     filtered = None if temperature == 0 else top_k is not None or top_p < 1  # of three graphs, the least that serves
 

@@ -309,3 +309,17 @@ def test_settings_that_would_go_unheard_are_refused():
         MoRConfig.preset("nano", n_recursion=3, sharing=None)
     with pytest.raises(ValueError, match="0 tokens"):
         model(torch.zeros(1, 0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e300])
+def test_extreme_settings_sample_as_their_limits_do(temperature):
+    """Next to no temperature is greedy; any other is a draw among all; slack and top-k beyond all are all."""
+    model = make_model(tiny(n_recursion=3, router="expert")).eval()
+    options = dict(compile=False, slack=1e308)
+    greedy = generate(model, [[1, 2, 3]], 12, **options).tokens[0]
+    drawn = generate(model, [[1, 2, 3]], 12, temperature=temperature, top_k=2**70, **options).tokens[0]
+    engine = Engine(model, 2, 2, MAX_LEN, **options)
+    request = engine.submit([1, 2, 3], 12, temperature=temperature, top_k=2**70)
+    engine.run()
+    assert request.tokens == drawn
+    assert (drawn == greedy) == (temperature < 1)
