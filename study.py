@@ -16,9 +16,9 @@ budget: warm-up is 5 % of the steps of the smallest budget, cool-down 20 % of th
 only in budget share their plateau, and a larger one continues from where the smaller left it, which changes no bit. A
 finished run is one line of the rows file, written at once; everything else can be deleted and is not asked for again.
 
-Learning rates: --rates are tried at the smallest budget and the main width; while the best of them is the smallest or
-the largest, half or twice of it is tried too (a single rate is taken as it is). The best one serves the arm, and the
-arms that name it, at all widths, budgets and seeds.
+Learning rates: --rates are tried at the smallest budget and the main width, with --sweep-seeds seeds each; while the
+best mean is that of the smallest or the largest rate, half or twice of it is tried too (a single rate is taken as it
+is). The best one serves the arm, and the arms that name it, at all widths, budgets and seeds.
 """
 
 import fcntl
@@ -227,10 +227,15 @@ def loss_of(row: dict) -> float:
 
 
 def sweep(args, rows: list[dict], arm: str, optimizer: str) -> tuple[dict[float, float], list[float]]:
-    """Returns (loss by learning rate at the smallest budget, the rates that the sweep has to try)."""
-    wanted_row = (arm, optimizer, args.main, min(args.budgets), 0)
-    names = "arm optimizer width budget seed".split()
-    tried = {row["lr"]: loss_of(row) for row in rows if tuple(row[name] for name in names) == wanted_row}
+    """Returns (loss by learning rate at the smallest budget, the rates that the sweep has to try). The loss is the mean
+    over the first seeds, as a rate may serve one seed and wreck another."""
+    wanted_row = (arm, optimizer, args.main, min(args.budgets))
+    names = "arm optimizer width budget".split()
+    by_rate = {}
+    for row in rows:
+        if tuple(row[name] for name in names) == wanted_row and row["seed"] < args.sweep_seeds:
+            by_rate.setdefault(row["lr"], []).append(loss_of(row))
+    tried = {lr: sum(losses) / len(losses) for lr, losses in by_rate.items() if len(losses) == args.sweep_seeds}
     wanted = sorted(args.rates)
     while set(wanted) <= tried.keys() and 1 < len(wanted) < len(args.rates) + 3:
         best = min(wanted, key=tried.get)
@@ -260,8 +265,10 @@ def plan(args, rows: list[dict]) -> list[Spec]:
             continue
         trials = []
         for arm in dict.fromkeys(kinds[name][0] for name in names):
-            trials += [Spec(arm, args.main, budgets[0], lr, optimizer) for lr in sweep(args, rows, arm, optimizer)[1]]
-        specs += sorted(trials, key=lambda spec: (abs(math.log(spec.lr / middle)), -spec.lr))
+            for lr in sweep(args, rows, arm, optimizer)[1]:
+                swept = range(args.sweep_seeds)
+                trials += [Spec(arm, args.main, budgets[0], lr, optimizer, seed) for seed in swept]
+        specs += sorted(trials, key=lambda spec: (spec.seed, abs(math.log(spec.lr / middle)), -spec.lr))
         for seed in seeds:
             for width in widths[which]:
                 for arm in names:
@@ -701,7 +708,7 @@ def write_tables(args, rows: list[dict]) -> list[str]:
             best = rates.index(min(tried, key=tried.get))
             cells[best] = f"**{cells[best]}**"
             lines.append([arm, optimizer, *cells, "yes" if set(wanted) <= tried.keys() else "not yet"])
-    title = f"**Learning rates**: loss at {budgets[0]:g} FLOPs, width {args.main}, seed 0."
+    title = f"**Learning rates**: loss at {budgets[0]:g} FLOPs, width {args.main}, mean of {args.sweep_seeds} seeds."
     page += write_table(title, ["arm", "optimizer", *(f"{lr:g}" for lr in rates), "bracketed"], lines)
 
     lines = []
@@ -858,6 +865,7 @@ def read_flags(argv: list[str] | None):
     add("--layers", type=int, default=8, help="unrolled layers: 8, 14, 20, 26 or 32 (default: 8)")
     add("--budgets", type=numbers(float), default=[1e13, 3e13, 1e14, 3e14], help="FLOPs (default: 1e13,3e13,1e14,3e14)")
     add("--rates", type=numbers(float), default=[3e-3, 6e-3, 1.2e-2], help="of the sweep (default: 3e-3,6e-3,1.2e-2)")
+    add("--sweep-seeds", type=int, default=2, help="seeds that the sweep takes the mean of (default: 2)")
     add("--block-size", type=int, default=256, help="context (default: 256)")
     add("--batch-tokens", type=int, default=1024, help="tokens a step (default: 1024)")
     add("--eval-tokens", type=int, default=131072, help="of held-out documents (default: 131072)")
@@ -866,6 +874,8 @@ def read_flags(argv: list[str] | None):
     args = parser.parse_args(argv)
     if args.layers % 6 != 2:
         fail(f"--layers {args.layers}: two unshared layers and a multiple of 6 are needed: use 8, 14, 20, 26 or 32")
+    if args.sweep_seeds < 1:
+        fail(f"--sweep-seeds {args.sweep_seeds} must be at least 1")
     if args.main not in args.sizes:
         fail(f"--main {args.main} is not among --sizes {','.join(map(str, args.sizes))}: add it")
     if (args.what == "rerun") != (args.key is not None):

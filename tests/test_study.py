@@ -20,7 +20,8 @@ import study
 import train
 from model import MoR
 
-TINY = "--sizes 16,24 --main 16 --block-size 16 --batch-tokens 64 --eval-tokens 320 --rates 6e-3,1.2e-2,2.4e-2"
+TINY = "--sizes 16,24 --main 16 --block-size 16 --batch-tokens 64 --eval-tokens 320"
+TINY += " --rates 6e-3,1.2e-2,2.4e-2 --sweep-seeds 1"
 EXTRA = "--extra=--no-compile --device cpu --dtype fp32"
 SMALL = {  # tables of a study of two kinds of model
     "STAGES": (("adamw", ("vanilla", "MoR-3"), "main", 1, (0,)),),
@@ -288,6 +289,19 @@ def test_rank_correlation_within_strata():
     assert study.correlate_ranks(a, b, np.zeros(1000)) > 0.5
     assert abs(study.correlate_ranks(a, b, strata)) < 0.1
     assert study.correlate_ranks(np.ones(9), b[:9], np.zeros(9)) is None
+
+
+def test_a_rate_is_judged_by_the_mean_of_the_seeds(place):
+    """The best of the first seed ruins the second one; until every rate has both, nothing is decided."""
+    args = read(place, "--sweep-seeds", "2")
+    losses = {6e-3: (3.0, 3.0), 1.2e-2: (2.9, 2.9), 2.4e-2: (2.5, 3.5)}
+    rows = []
+    for lr, pair in losses.items():
+        rows += [made_up(args, "MoR-3", loss, lr, seed=seed) for seed, loss in enumerate(pair)]
+    assert study.best_rate(args, rows, "MoR-3", "adamw") == 1.2e-2
+    assert study.best_rate(args, rows[:-1], "MoR-3", "adamw") is None
+    swept = [s for s in study.plan(args, []) if (s.arm, s.optimizer) == ("MoR-3", "adamw") and s.lr is not None]
+    assert [(spec.lr, spec.seed) for spec in swept] == [(lr, seed) for seed in (0, 1) for lr in (1.2e-2, 2.4e-2, 6e-3)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
