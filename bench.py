@@ -69,6 +69,7 @@ KINDS = {
     "recursive": {},
     "expert": dict(router="expert"),
     "share": dict(router="expert", kv="share"),
+    "cycle": dict(router="expert", kv="share", sharing="cycle"),
     "token": dict(router="token"),
 }
 QUICK = dict(vocab_size=256, n_layer=4, n_head=2, n_kv_head=1, d_model=64, d_ff=128)
@@ -96,8 +97,9 @@ def make_config(variant: str, preset: str, T: int, **overrides) -> MoRConfig:
         fail(f"unknown variant {variant!r}: use vanilla, or {', '.join(KINDS)} with a number of recursions: expert-3")
     n = int(number or 1)
     if n > 1 and "n_layer" in overrides:
-        layers = math.ceil((overrides["n_layer"] - 2) / n)
-        overrides["n_layer"] = 2 + n * max(1, layers)
+        unshared = 0 if kind == "cycle" else 2
+        layers = math.ceil((overrides["n_layer"] - unshared) / n)
+        overrides["n_layer"] = unshared + n * max(1, layers)
     try:
         return MoRConfig.preset(preset, block_size=T, n_recursion=n, **KINDS[kind], **overrides)
     except ValueError as e:
@@ -454,7 +456,7 @@ def count_cost(preset: str, variant: str, T: int) -> dict[str, Any]:
         kv_per_token=kv_bytes / T,
         kv_bytes=kv_bytes,
         kv_shared_layers=shared_layers / (c.n_block * c.n_recursion),  # against vanilla's K/V of as many layers
-        kv_read=1.0 if c.kv == "share" else sum(c.capacities) / c.n_recursion,
+        kv_read=sum(c.capacities) / c.n_recursion if c.own_kv else 1.0,
         paper_params=PAPER_PARAMS.get(preset, {}).get(variant),
         paper_ratio=PAPER_FLOPS.get(preset, {}).get(variant),
     )
@@ -1043,7 +1045,7 @@ def count_bytes_read(service: Service, fractions: list[float]) -> float:
     block_params = count_block_params(service.model)
     turn_params = sum(p.numel() for p in service.model.parameters())
     weights = turn_params / service.turn_width + block_params * sum(fractions[1:]) / service.width
-    kept = fractions if c.kv == "share" else [fraction**2 for fraction in fractions]
+    kept = [fraction**2 for fraction in fractions] if c.own_kv else fractions
     keys = service.new / 2 * (c.n_unshared + c.n_block * sum(kept))
     return itemsize * (weights + keys * 2 * c.n_kv_head * c.head_dim)
 

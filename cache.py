@@ -120,6 +120,6 @@ class KVCache:
 
 def cache_slots(config: MoRConfig, max_len: int, slack: float) -> list[int]:
     """Returns C_r, the K/V slots per row of each recursion that has any of its own."""
-    if config.kv == "share":  # recursion 0's, with room for every token
-        return [max_len]
-    return [config.slots(r, max_len, slack) for r in range(config.n_recursion)]
+    if config.own_kv:
+        return [config.slots(r, max_len, slack) for r in range(config.n_recursion)]
+    return [max_len]  # recursion 0's, with room for every token

@@ -106,6 +106,17 @@ class MoRConfig:
         return self.router in ("expert", "random", "position")
 
     @property
+    def own_kv(self) -> bool:
+        """Whether every recursion keeps keys and values of its own; else all read those of recursion 0."""
+        return self.kv == "recursion"
+
+    @property
+    def prefills_once(self) -> bool:
+        """Whether a prompt's tokens but the last need recursion 0 alone: no later recursion and no last layer keeps
+        anything of them."""
+        return self.n_recursion > 1 and not (self.own_kv or self.n_unshared)
+
+    @property
     def capacities(self) -> tuple[float, ...]:
         n = self.n_recursion
         if self.router == "none":
@@ -160,6 +171,11 @@ def check_cache(config: MoRConfig, batch_size: int, max_len: int, slack: float) 
         raise ValueError(f"max_len={max_len} must lie in 1..block_size={config.block_size}")
     if not 0 < slack < math.inf:
         raise ValueError(f"slack={slack} must be a finite number > 0")
+
+
+def check_prompts(rows: int, length: int, batch: int, max_len: int) -> None:
+    if rows != batch or length > max_len:
+        raise ValueError(f"prompts [{rows}, {length}] do not fit {batch} rows of {max_len} tokens")
 
 
 def check_routing(config: MoRConfig, routing: str, threshold: float, max_depth: int | None) -> tuple[float, int]:
@@ -228,11 +244,11 @@ def rule_problems(c: MoRConfig) -> list[str]:
     )
     if n == 1:
         require(not routed, f"{said(c, 'router')} has nothing to route: use n_recursion>=2 or router='none'")
-        require(c.kv != "share", "kv='share' needs n_recursion>=2: no later recursion would reuse the K/V")
+        require(c.own_kv, "kv='share' needs n_recursion>=2: no later recursion would reuse the K/V")
     if not cyclic:
         need = f"needs sharing='cycle' or 'middle_cycle', not {c.sharing!r}"
         require(not routed, f"{said(c, 'router')} {need}")
-        require(c.kv != "share", f"kv='share' {need}")
+        require(c.own_kv, f"kv='share' {need}")
     if c.router == "token":
         require(c.router_func != "tanh", "router_func='tanh' is for experts: router='token' takes softmax, sigmoid")
     else:
@@ -254,7 +270,7 @@ def rule_problems(c: MoRConfig) -> list[str]:
             f"{is_so} must not increase: a recursion chooses among the tokens of the one before",
         )
         require(
-            not (c.kv == "share" or c.router == "token") or c.capacity[:1] == (1.0,),
+            (c.own_kv and c.router != "token") or c.capacity[:1] == (1.0,),
             f"{is_so} must begin with 1.0 for kv='share' and for router='token': every token runs recursion 0",
         )
     return bad

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cache import KVCache, cache_slots
-from config import MoRConfig, check_cache, check_forward, check_routing, round_down
+from config import MoRConfig, check_cache, check_forward, check_prompts, check_routing, round_down
 from ops import attend, attend_cache, compact, linear, linear_cross_entropy, linears, scramble, take, take_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,8 +230,7 @@ def hash_depth(capacities: tuple[float, ...], position: Tensor, token: Tensor | 
     if token is not None:
         x = scramble(scramble(x) + token * 0x85EBCA6B & 0xFFFFFFFF)
     fraction = (x >> 8).float() * 2.0**-24  # below 1, exactly
-    runs = [fraction < capacity for capacity in capacities]
-    return sum(which.long() for which in runs)
+    return sum((fraction < capacity).long() for capacity in capacities)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,11 +316,9 @@ class MoR(nn.Module):
         # a table, since computing it in the kernels that use it takes five times as long as the rotation itself
         self.register_buffer("rope", rope_table(c), persistent=False)
         self.register_buffer("takes_all", torch.tensor(c.takes_all), persistent=False)
-        for p in self.parameters():  # all initialisation: matrices N(0, 0.02) as in Llama and the paper's code, norms 1
-            if p.dim() == 2:
+        for p in self.parameters():
+            if p.dim() == 2:  # N(0, 0.02) as in Llama and the paper's code; norms are 1
                 nn.init.normal_(p, std=0.02)
-            else:
-                nn.init.ones_(p)
 
     def _apply(self, fn, recurse=True):
         """Moves and casts the model; the tables are made anew, RoPE's in fp32."""
@@ -402,7 +399,7 @@ class MoR(nn.Module):
     def admit(self, r: int | Tensor, wanted: Tensor, p: Pass) -> Tensor:
         """Returns the wanted tokens that find a slot, bool [B, T]. They get it in the order of their positions, so that
         which token is refused does not depend on later ones; a token without slot ends at the depth it has."""
-        if p.decoding and self.config.kv == "recursion":
+        if p.decoding and self.config.own_kv:
             fits = wanted & (p.cache.used(r) < p.cache.slots_at[r])
         elif p.decoding or p.room[r] is None:
             return wanted
@@ -442,9 +439,9 @@ class MoR(nn.Module):
         else:  # token choice replaces the stream, and gates once, when the token leaves
             x = torch.where(s.active[..., None], y, s.x)
 
-        if p.cache is not None and c.kv == "recursion":
+        if p.cache is not None and c.own_kv:
             p.cache.count(p.cache.fill, (r, p.cache.row), s.active)
-        keeps = c.kv == "share" and not p.decoding and r == 0
+        keeps = not (c.own_kv or p.decoding) and r == 0
         return s._replace(x=x, shared=kv if keeps else s.shared)
 
     def run_block(self, r: int | Tensor, h: Tensor, rope: Tensor, context: Context) -> tuple[Tensor, list]:
@@ -461,11 +458,11 @@ class MoR(nn.Module):
         c, cache = self.config, p.cache
         layer = 1 if c.n_unshared else 0
         later = not isinstance(r, int) or r > 0  # rows at different depths are all past recursion 0
-        if p.decoding and c.kv == "recursion":
+        if p.decoding and c.own_kv:
             return Cached(cache, layer, r, cache.used(r), s.active)
         if p.decoding:
             return Cached(cache, layer, None, p.position, p.valid, projects=not later)
-        if c.kv == "share" and later:
+        if later and not c.own_kv:
             mask = position[:, :, None] >= p.position[:, None, :]
             if segments is not None:
                 mask = mask & (segments[:, :, None] == p.segments[:, None, :])
@@ -566,7 +563,6 @@ class MoR(nn.Module):
     def forward_slots(self, T: int, tokens: int | Tensor, topk: bool, capacity: Tensor | None) -> tuple[list, list]:
         """Returns K of each recursion for sequences of T, and the room in it for a row of `tokens` tokens."""
         c, slots, room = self.config, [], []
-        chosen = c.router in ("token", "random", "position")
         for r, fraction in enumerate(c.capacities):
             K, k = T, None
             if c.router == "expert" and topk:
@@ -575,7 +571,7 @@ class MoR(nn.Module):
                     K, fraction = T, capacity[r]
                 if capacity is not None or isinstance(tokens, Tensor):
                     k = (fraction * tokens + 1e-4).floor().clamp(min=1)
-            elif chosen and self.training:
+            elif c.router not in ("none", "expert") and self.training:
                 K = k = c.slots(r, T, c.capacity_slack)
                 if isinstance(tokens, Tensor):
                     k = (c.capacity_slack * fraction * tokens - 1e-4).ceil()
@@ -669,29 +665,38 @@ class MoR(nn.Module):
     @torch.no_grad()
     def prefill(self, idx: Tensor, lengths: Tensor, cache: KVCache, tight: bool = False) -> Tensor:
         """Starts every row with a right-padded prompt: idx int64 [B, P], lengths int64 [B] -> logits fp32 [B, V] of its
-        last token. tight=True computes only as many tokens as routing should admit in a prompt of this length. If it
-        admitted more, cache.short is set, the result is void, and the caller runs prefill again without it."""
+        last token. tight=True computes only as many tokens as routing should admit in a prompt of this length: if it
+        admitted more, cache.short is set, the result is void, and the caller runs prefill again without it. Where
+        config.prefills_once, all tokens but the last stop after recursion 0: a cost of about 1/N."""
         c, (B, P) = self.config, idx.shape
-        if B != cache.batch or P > cache.max_len:
-            raise ValueError(f"prompts [{B}, {P}] do not fit {cache.batch} rows of {cache.max_len} tokens")
+        check_prompts(B, P, cache.batch, cache.max_len)
         cache.fill.zero_()
         cache.overflow.zero_()
-        slots, room = [], []
-        for r in range(c.n_recursion):
-            K = P if c.kv == "share" else min(P, cache.slots[r])
-            if tight:
-                K = min(K, c.slots(r, P, cache.slack))
-            slots.append(K)
-            room.append(None if K == P else K)
+        slots = [c.slots(r, P, cache.slack if tight else math.inf) for r in range(c.n_recursion)]
+        if c.own_kv:
+            slots = [min(K, most) for K, most in zip(slots, cache.slots, strict=True)]
+        room = [None if K == P else K for K in slots]
         position = torch.arange(P, device=idx.device)[None]
         valid = position < lengths[:, None]
         p = Pass(position, slots, room, cache.max_depth, cache.threshold, valid=valid, cache=cache)
-        h, s = self.backbone(idx, p)
+
+        row, last = cache.every_row, lengths[:, None] - 1
+        s = self.enter(idx, p)
+        for r in range(p.max_depth):
+            s = self.route(r, s, p)
+            s = self.recurse(r, s, p)
+            cache.depth[row, p.position] = s.depth
+            if r == 0 and c.prefills_once:  # go on with the last token of each row alone
+                of_last = {name: x[row, last] for name, x in s._asdict().items() if isinstance(x, Tensor)}
+                s = State(**of_last)
+                cache.position.copy_(lengths - 1)
+                p = self.decode_pass(lengths, cache)
+        h = self.leave(s, p)
+        if not c.prefills_once:
+            h = h[row, last]
         cache.short.copy_((cache.overflow > 0).any() & tight)
-        cache.depth[:, :P] = s.depth
         cache.position.copy_(lengths)
-        row = torch.arange(B, device=idx.device)
-        return self.head(h[row, lengths - 1])
+        return self.head(h[:, 0])
 
     @torch.no_grad()
     def decode(self, token: Tensor, cache: KVCache) -> Tensor:
@@ -713,9 +718,7 @@ class MoR(nn.Module):
             raise ValueError(f"token {tuple(token.shape)} must be one per row of the cache: ({len(position)},)")
         live = (token[:, None] >= 0) & (position < cache.max_len)
         one = [1] * self.config.n_recursion
-        p = Pass(position, one, one, cache.max_depth, cache.threshold)
-        p.valid, p.cache, p.decoding = live, cache, True
-        return p
+        return Pass(position, one, one, cache.max_depth, cache.threshold, valid=live, cache=cache, decoding=True)
 
     def decode_enter(self, token: Tensor, p: Pass) -> State:
         return self.enter(token[:, None].clamp(min=0), p)
@@ -744,9 +747,7 @@ class MoR(nn.Module):
     def num_params(self, embedding: bool = False) -> int:
         """Returns the number of parameters; without embedding and head unless asked (paper Table 6)."""
         total = sum(p.numel() for p in self.parameters())
-        if embedding:
-            return total
-        outer = {self.wte.weight, self.head_weight}
+        outer = set() if embedding else {self.wte.weight, self.head_weight}
         return total - sum(w.numel() for w in outer)
 
     def flops_per_token(
@@ -772,7 +773,7 @@ class MoR(nn.Module):
             elif c.router == "expert":
                 f = max(1, round_down(capacity * T)) / T
             layer = weights + f * attention
-            if c.kv == "share" and r > 0:
+            if r > 0 and not c.own_kv:
                 layer = weights - kv + attention
             total += c.n_block * f * layer
         if head:

@@ -17,6 +17,7 @@ from conftest import make_batch, make_model, relative, tiny
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import ops
 from model import MoR, MoRConfig
@@ -326,6 +327,22 @@ def test_meaningless_slack_is_refused():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prefill of a reduced size
+
+
+@pytest.mark.parametrize("router", ["none", "expert", "token", "random"])
+def test_prompts_need_the_first_recursion_alone_where_later_ones_keep_nothing_of_them(router):
+    """With shared K/V and no last layer: a third of the products of three recursions, and the last token's."""
+    sizes = dict(n_layer=6, d_model=64, d_ff=192, vocab_size=64)
+    work = {}
+    for name, kind in {"vanilla": {}, "share": dict(n_recursion=3, router=router, kv="share", sharing="cycle")}.items():
+        model = make_model(tiny(**sizes, **kind)).eval()
+        idx, _ = make_batch(model.config, B=4, T=T)
+        cache = model.make_cache(4, T)
+        with FlopCounterMode(display=False) as counter:
+            model.prefill(idx, torch.full((4,), T), cache)
+        work[name] = counter.get_total_flops()
+        assert (cache.depth[:, :-1] == 1).all() or name == "vanilla"
+    assert 1 / 3 < work["share"] / work["vanilla"] < 1 / 3 + 1 / T + 0.05
 
 
 @pytest.mark.parametrize(
