@@ -113,7 +113,7 @@ def open_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | None 
 
     The tokenizer, a tiktoken encoding, is None for a directory of weights that has none. config is that of the run
     (dictionaries "model", "train" and "data"); without a run "train" is empty, and "data" has the tokenizer's name,
-    vocab_size and eot, or is empty too."""
+    vocab_size, eot and eos, the token that ends an answer (not a document, for a chat model), or is empty too."""
     path = Path(path)
     if holds_run(path):
         model, _, checkpoint = load_run(path, device, dtype)
@@ -123,7 +123,11 @@ def open_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | None 
     except ValueError as e:
         fail(str(e)[:400])
     enc = load_tokenizer(path) if tokenizer_file(path) else None
-    data = {} if enc is None else dict(tokenizer=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token)
+    data = {}
+    if enc is not None:
+        eos = prepare.read_json(path / "config.json").get("eos_token_id")
+        data = dict(tokenizer=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token)
+        data["eos"] = eos if isinstance(eos, int) else enc.eot_token
     if data and enc.n_vocab > model.config.vocab_size:
         fail(f"{path}: its tokenizer has {enc.n_vocab} tokens, the model {model.config.vocab_size}: one is not its own")
     config = dict(model=model.config.asdict(), train={}, data=data)
