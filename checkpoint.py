@@ -14,8 +14,9 @@ import pickle
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +34,39 @@ from prepare import load_tokenizer, tokenizer_file
 
 
 DAMAGE = (OSError, ValueError)  # what read_checkpoint raises
-
-
 DIGEST = hashlib.sha256().digest_size
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint whose every byte is as it was written; raises one of DAMAGE otherwise."""
+    """Returns a checkpoint whose every byte is as it was written. Raises one of DAMAGE otherwise.
+
+    Its tensors stay in the file until they are used: whoever wants the weights does not pay for the optimizer."""
     data = np.memmap(path, np.uint8, "r")
     if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:].tobytes():
         raise ValueError("its checksum does not match, so it is damaged, or no checkpoint of train.py")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def step_of(path: Path) -> int:
-    """-1 for a file that this program did not name."""
+    """Returns the step in the name of a checkpoint, -1 for a file that this program did not name."""
     return int(path.stem[5:]) if re.fullmatch(r"ckpt_\d+", path.stem) else -1
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Oldest first."""
+    """Returns the checkpoints in a run directory, the oldest first."""
     return sorted((path for path in out.glob("ckpt_*.pt") if step_of(path) >= 0), key=step_of)
 
 
 def load_run(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[MoR, dict, dict]:
-    """(model in eval mode, meta.json of its data, the checkpoint) of a run directory or a checkpoint file. In a
-    directory the newest checkpoint that can be read counts. What is wrong ends the program in one line."""
-    path, problem = Path(path), ""
+    """Returns (model in eval mode, meta.json of its data, the checkpoint) of a run directory or a checkpoint file.
+
+    In a directory the newest checkpoint that can be read counts. What is wrong ends the program in one line."""
+    path = Path(path)
     files = checkpoints(path)[::-1] if path.is_dir() else [path]
     if not path.exists() or not files:
         fail(f"{path} holds no checkpoint: give a run directory of train.py, or a ckpt_*.pt file")
+
+    # one that cannot be read leaves those before it
     for file in files:
         try:
             checkpoint = read_checkpoint(file)
@@ -74,11 +78,14 @@ def load_run(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = 
         if file == files[-1]:
             fail(f"{problem}: name another checkpoint")
         print(f"warning: {problem}", file=sys.stderr)
-    shapes, own = ({k: t.shape for k, t in sd.items()} for sd in (weights, model.state_dict()))
+
+    # a whole file with something else in it than it says
+    shapes = {name: w.shape for name, w in weights.items()}
+    own = {name: w.shape for name, w in model.state_dict().items()}
     if shapes != own:
         wrong = sorted(k for k in shapes.keys() | own.keys() if shapes.get(k) != own.get(k))
         fail(f"{file}: the weights do not fit the configuration in it ({', '.join(wrong[:3])} ...): it was altered")
-    if bad := [name for name, w in weights.items() if not w.isfinite().all()]:
+    if bad := [name for name, w in weights.items() if not is_finite(w)]:
         fail(f"{file}: weights are not finite ({', '.join(bad[:3])} ...): take an earlier checkpoint")
     if config["data"]["vocab_size"] > model.config.vocab_size:
         fail(f"{file}: its data has {config['data']['vocab_size']} token ids, the model {model.config.vocab_size}")
@@ -86,8 +93,13 @@ def load_run(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = 
     return model.to(device=device, dtype=dtype).eval(), config["data"], checkpoint
 
 
+def is_finite(w: Tensor) -> bool:
+    """Returns whether a tensor has no NaN and no infinity, without a copy of it."""
+    return w.numel() == 0 or all(bound.isfinite() for bound in w.aminmax())
+
+
 def holds_run(path: Path) -> bool:
-    """Whether load_run, and not from_pretrained, is to read it, or to say what is wrong with it."""
+    """Returns whether load_run, and not from_pretrained, is to read a path, or to say what is wrong with it."""
     if path.is_dir():
         weights = any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*")) or any(path.glob("*.index.json"))
         return any(path.glob("ckpt_*.pt")) or not weights
@@ -101,7 +113,7 @@ def open_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | None 
 
     The tokenizer, a tiktoken encoding, is None for a directory of weights that has none. config is that of the run
     (dictionaries "model", "train" and "data"); without a run "train" is empty, and "data" has the tokenizer's name,
-    vocab_size and eot, or is empty too."""
+    vocab_size, eot and eos, the token that ends an answer (not a document, for a chat model), or is empty too."""
     path = Path(path)
     if holds_run(path):
         model, _, checkpoint = load_run(path, device, dtype)
@@ -111,7 +123,11 @@ def open_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | None 
     except ValueError as e:
         fail(str(e)[:400])
     enc = load_tokenizer(path) if tokenizer_file(path) else None
-    data = {} if enc is None else dict(tokenizer=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token)
+    data = {}
+    if enc is not None:
+        eos = prepare.read_json(path / "config.json").get("eos_token_id")
+        data = dict(tokenizer=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token)
+        data["eos"] = eos if isinstance(eos, int) else enc.eot_token
     if data and enc.n_vocab > model.config.vocab_size:
         fail(f"{path}: its tokenizer has {enc.n_vocab} tokens, the model {model.config.vocab_size}: one is not its own")
     config = dict(model=model.config.asdict(), train={}, data=data)
@@ -119,9 +135,10 @@ def open_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | None 
 
 
 def run_tokenizer(path: str | Path, checkpoint: dict):
-    """The tokenizer of a run: by name, or its rank file, which is beside the checkpoint or in the data directory."""
+    """Returns the tokenizer of a run: by name, or its rank file beside the checkpoint or in the data directory."""
     meta = checkpoint["config"]["data"]
-    name, home = meta["tokenizer"], Path(path) if Path(path).is_dir() else Path(path).parent
+    name = meta["tokenizer"]
+    home = find_home(path)
     if name.endswith(".tiktoken"):
         places = [home / name, Path(checkpoint["config"]["train"]["data"], name)]
         name = next((p for p in places if p.exists()), None)
@@ -133,9 +150,25 @@ def run_tokenizer(path: str | Path, checkpoint: dict):
     return enc
 
 
+def find_home(run: str | Path) -> Path:
+    """Returns the directory that a run, or a checkpoint in it, is in."""
+    return Path(run) if Path(run).is_dir() else Path(run).parent
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """Returns the rows of a run's metrics.jsonl, without a line that a kill has torn."""
+    path = out / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def write_state(f, state: dict) -> None:
-    """What torch.save makes, and behind it the digest of that, which torch.load does not mind. The checksums inside the
-    file would not do: torch.load ignores them, and damage to its directory goes past them."""
+    """Writes what torch.save makes, and behind it the digest of that, which torch.load does not mind.
+
+    The checksums inside the file would not do: torch.load ignores them, and damage to its directory goes past them."""
     torch.save(state, f)
     f.flush()
     f.write(hashlib.sha256(np.memmap(f.name, np.uint8, "r")).digest())
@@ -143,7 +176,7 @@ def write_state(f, state: dict) -> None:
 
 @contextmanager
 def written_at_once(path: Path):
-    """A binary file to write, which takes the place of `path` once all of it is on the disk."""
+    """Yields a binary file to write, which takes the place of `path` once all of it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -215,7 +248,7 @@ def weight_files(path: Path) -> list[Path]:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a directory, under the names that transformers gives them. Raises ValueError for whatever
-    is damaged, quantized, not finite, or an adapter."""
+    is damaged, quantized, or an adapter. The tensors stay in their files, by mmap, until they are used."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -226,7 +259,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             if file.suffix == ".safetensors":
                 weights |= load_file(file)
             else:
-                weights |= torch.load(file, map_location="cpu", weights_only=True)
+                mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote what cannot be
+                weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except damage as e:
             reason = " ".join(str(e).split())[:150]
             raise ValueError(f"{file} cannot be read ({type(e).__name__}: {reason}): fetch it again") from e
@@ -248,9 +282,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     integers = [f"{name} ({w.dtype})" for name, w in weights.items() if not w.is_floating_point()]
     if integers:
         raise ValueError(f"{path} is quantized: {', '.join(integers[:3])} ...: give the weights in bf16 or fp32")
-    bad = [name for name, w in weights.items() if not w.float().isfinite().all()]
-    if bad:
-        raise ValueError(f"{path}: weights are not finite: {', '.join(bad[:3])}{' ...' if bad[3:] else ''}")
     return weights
 
 
@@ -262,7 +293,7 @@ def read_config(path: Path) -> tuple[dict, bool]:
         raise ValueError(f"{path} is a file: name the directory that has it and its config.json")
     if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
         fetch = f"hf download {path} --local-dir {path.name}"
-        raise ValueError(f"{file} does not exist; if {path} is a name on the hub: {fetch}, and name that directory")
+        raise ValueError(f"{path} does not exist here; if it is a name on the hub: {fetch}, and name that directory")
     try:
         c = LLAMA | json.loads(file.read_text())
         if c.get("model_type") == "nanomor":
@@ -381,17 +412,28 @@ def reference_names(model: MoR) -> dict[str, str]:
 
 
 def load_reference_state_dict(model: MoR, sd: Mapping[str, Tensor]) -> None:
-    """Loads the authors' checkpoint layout, or a plain Llama's into a vanilla model; tied tensors may be there once
-    or repeated. Raises one ValueError that lists all missing, surplus, wrongly shaped and disagreeing tensors; the
-    model is then unchanged."""
-    names, own, bad, found = reference_names(model), model.state_dict(), [], {}
+    """Loads the authors' checkpoint layout, or a plain Llama's into a vanilla model. Raises the ValueError of
+    match_tensors; the model is then unchanged."""
+    found = match_tensors(model, sd)
+    model.load_state_dict({ours: sd[theirs] for ours, theirs in found.items()})
+
+
+def match_tensors(model: MoR, sd: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns, for each weight of the model, which may be on the meta device, the name of a tensor in `sd` that holds
+    it. Tied tensors may be there once or repeated.
+
+    Raises one ValueError that lists all missing, surplus, wrongly shaped, disagreeing and not finite tensors."""
+    names = reference_names(model)
+    own = model.state_dict()
     if any(name.startswith("mor.") for name in sd):  # what transformers reads: our own names
         names = {f"mor.{name}": name for name in own}
+    found = {}
+    bad = []
     for theirs, tensor in sd.items():
         ours = names.get(theirs)
         if theirs.endswith("rotary_emb.inv_freq"):
             continue  # a constant that old Llama checkpoints carry
-        elif not tensor.isfinite().all():
+        elif not is_finite(tensor):
             bad.append(f"{theirs} is not finite")  # which is not equal to itself
         elif ours is None:
             bad.append(f"surplus tensor {theirs}")
@@ -399,13 +441,15 @@ def load_reference_state_dict(model: MoR, sd: Mapping[str, Tensor]) -> None:
             bad.append(f"{theirs} has shape {tuple(tensor.shape)}, the model needs {tuple(own[ours].shape)}")
         elif not torch.equal(sd[found.setdefault(ours, theirs)], tensor):
             bad.append(f"{theirs} disagrees with {found[ours]}, to which it is tied")
+
+    # a tensor that is wrong is not missing
     for ours in own.keys() - found.keys():
         theirs = [name for name, target in names.items() if target == ours]
         if not any(name in sd for name in theirs):
             bad.append(f"missing tensor {theirs[0]}")
     if bad:
         raise ValueError("; ".join(sorted(bad)))
-    model.load_state_dict({ours: sd[theirs] for ours, theirs in found.items()})
+    return found
 
 
 def from_pretrained(path: str | Path, init: str = "stepwise", **overrides) -> MoR:
@@ -441,23 +485,40 @@ def from_pretrained(path: str | Path, init: str = "stepwise", **overrides) -> Mo
         theirs = {f: settings[f] for f in given}
         raise ValueError(f"{given} must be what the weights in {path} have: {theirs}")
     config = MoRConfig.resized(settings, overrides)
-    if ours or layout or init == "reference" or config.n_recursion == 1:
+    becomes_recursive = config.n_recursion > 1 and not (ours or layout or init == "reference")
+    if becomes_recursive:
+        with torch.device("meta"):
+            model = MoR(MoRConfig(**settings))
+    else:
         model = MoR(config)
-        load_reference_state_dict(model, weights)
-        return model
+    try:
+        found = match_tensors(model, weights)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
 
-    # a Llama becomes a recursive model
-    source = MoR(MoRConfig(**settings))
-    load_reference_state_dict(source, weights)
-    layers = [layer.state_dict() for layer in source.block]
-    first, last, middle = layers[0], layers[-1], layers[1:-1] if config.n_unshared else layers
+    # loaded as they are, or made into fewer layers
+    own = {name: weights[theirs] for name, theirs in found.items()}
+    if becomes_recursive:
+        return uptrain(own, settings["n_layer"], config, init)
+    model.load_state_dict(own)
+    return model
+
+
+def uptrain(llama: dict[str, Tensor], n_layer: int, config: MoRConfig, init: str) -> MoR:
+    """Returns a recursive model that starts from the weights of a vanilla one of n_layer layers, as from_pretrained
+    says of `init`. Raises ValueError."""
+    model = MoR(config)
+    names = list(model.block[0].state_dict())
+    layers = [{name: llama[f"block.{i}.{name}"] for name in names} for i in range(n_layer)]
+    middle = layers[1:-1] if config.n_unshared else layers
     M, L, N = len(middle), config.n_block, config.n_recursion
     if M < L:
-        raise ValueError(f"n_layer={config.n_layer} asks for a block of {L} layers, {path} has {M}: lower n_layer")
+        raise ValueError(f"n_layer={config.n_layer} asks for a block of {L} layers, the Llama has {M}: lower n_layer")
 
     def spread(n: int) -> list[int]:  # n of the M layers, evenly
         return [round(i * (M - 1) / max(1, n - 1)) for i in range(n)]
 
+    # which unrolled layers are layer j of the block, and which of the Llama's layers it starts from
     tied = [[u for u in range(N * L) if j == (u // N if "sequence" in config.sharing else u % L)] for j in range(L)]
     picks = {
         "stepwise": [[i] for i in spread(L)],
@@ -467,15 +528,14 @@ def from_pretrained(path: str | Path, init: str = "stepwise", **overrides) -> Mo
     }
     if init not in picks:
         raise ValueError(f"init={init!r} must be one of {', '.join(picks)}, reference")
-    model = MoR(config)
     for layer, pick in zip(model.block, picks[init], strict=True):
-        layer.load_state_dict({name: torch.stack([middle[i][name] for i in pick]).mean(0) for name in first})
+        layer.load_state_dict({name: torch.stack([middle[i][name].float() for i in pick]).mean(0) for name in names})
     if config.n_unshared:
-        model.first.load_state_dict(first)
-        model.last.load_state_dict(last)
+        model.first.load_state_dict(layers[0])
+        model.last.load_state_dict(layers[-1])
     for name in ("wte", "norm", "lm_head"):
         if getattr(model, name) is not None:
-            getattr(model, name).load_state_dict(getattr(source, name).state_dict())
+            getattr(model, name).load_state_dict({"weight": llama[f"{name}.weight"]})
     return model
 
 
@@ -557,7 +617,7 @@ def export_routed(model: MoR) -> tuple[dict, dict[str, Tensor]]:
     auto_map = {auto: f"modeling_nanomor.{name}" for auto, name in classes.items()}
     config = dict(model_type="nanomor", architectures=["NanoMoRForCausalLM"], auto_map=auto_map)
     config["model"] = model.config.asdict()
-    return config, {f"mor.{name}": w.clone() for name, w in model.state_dict().items()}
+    return config, {f"mor.{name}": w for name, w in model.state_dict().items()}
 
 
 def make_imports_relative(source: str) -> str:
@@ -589,7 +649,10 @@ def describe_run(run: str, model: MoR, checkpoint: dict, name: str) -> str:
         facts["capacities"] = ", ".join(f"{x:.3g}" for x in c.capacities)
 
     # only what was measured on these very weights
-    measured = find_metrics(run, step)
+    measured = {}
+    for row in read_metrics(find_home(run)):
+        if row.get("step") == step and row.keys() & {"val_loss", "val_topk"}:
+            measured = row
     for key, routing in (("val_loss", "causal"), ("val_topk", "top-k")):
         if key in measured:
             loss = f"{measured[key]:.4f} nats per token"
@@ -625,20 +688,6 @@ prompt = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 """
-
-
-def find_metrics(run: str, step: int) -> dict:
-    """Returns the row of metrics.jsonl beside a checkpoint that its evaluation at this step wrote; {} without one."""
-    home = Path(run) if Path(run).is_dir() else Path(run).parent
-    path, found = home / "metrics.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        if row.get("step") == step and row.keys() & {"val_loss", "val_topk"}:
-            found = row
-    return found
 
 
 def main(argv: list[str] | None = None) -> None:

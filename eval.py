@@ -1,4 +1,4 @@
-"""How good a trained model is, by what it can do at inference, and how its router behaves; few-shot tasks; export.
+"""How good a trained model is, by what it can do at inference, and how its router behaves; few-shot tasks.
 
     python eval.py out/demo                                    # NLL, router metrics, test-time scaling, pictures
     python eval.py out/demo --data data/other --tokens 1e6 --text story.txt
@@ -57,18 +57,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 import prepare
-from checkpoint import export, open_model
+from checkpoint import find_home, open_model
 from cli import Parser, fail, open_device
 from generate import Decoder, generate
 from model import MoR, MoRConfig
 from prepare import Shards, encode, load_meta, load_tokenizer, read_text, whole
 from sample import check_writable
-from show import make_labeller, make_visible, read_passage, routing_heatmap, token_bytes, write_page
+from show import (
+    LOGITS,
+    make_labeller,
+    make_visible,
+    read_passage,
+    routing_heatmap,
+    token_bytes,
+    token_losses,
+    write_page,
+)
 
 THRESHOLDS = (0.01, 0.1, 0.5, 0.9, 0.99)
 NORMALISED = ("hellaswag", "piqa", "arc_easy", "arc_challenge")  # accuracy by byte length of the answer
 SIX_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "arc", "mmlu_continuation")  # of the paper
-LOGITS = 2**24  # numbers in a batch of logits: 64 MB
 
 # ----------------------------------------------------------------------------------------------------------------------
 # measuring
@@ -105,14 +113,14 @@ def measure(model: MoR, rows: np.ndarray, routing: str, eot: int | None = None, 
     nll = []
     depth = []
     router = []
-    for start in range(0, len(rows), size):
+    for start in tqdm(range(0, len(rows), size), desc=routing, leave=False, disable=None):
         block = torch.from_numpy(rows[start : start + size]).to(model.wte.weight.device)
         idx = block[:, :-1]
         targets = block[:, 1:]
         segments = None if eot is None else (idx == eot).cumsum(1)
-        out = model(idx, routing=routing, segments=segments, **knobs)
-        loss = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction="none")
-        nll.append(loss.view_as(targets).cpu().numpy())
+        out = model(idx, routing=routing, segments=segments, return_logits=False, return_hidden=True, **knobs)
+        losses = token_losses(model, out.hidden.flatten(0, 1), targets.flatten())
+        nll.append(losses.view_as(targets).cpu().numpy())
         depth.append(out.depth.cpu().numpy())
         if out.router is not None:
             router.append(out.router.cpu().numpy())
@@ -359,8 +367,11 @@ def draw_scaling(c: MoRConfig, report: dict, file: Path) -> None:
 def print_report(report: dict) -> None:
     """Prints the report for people."""
     rows = [(name, report[name]) for name in ("causal", "topk", "router", "paper") if name in report]
-    rows += [("of one depth", x) for x in (report.get("causal") or report["topk"])["by_depth"]]
-    rows += [("causal", x) for x in report["scaling"]]
+    # a vanilla model has one depth and one setting: its first line has said all
+    by_depth = (report.get("causal") or report["topk"])["by_depth"]
+    for name, parts in (("of one depth", by_depth), ("causal", report["scaling"])):
+        if len(parts) > 1:
+            rows += [(name, part) for part in parts]
     for name, numbers in rows:
         print_numbers(name, rounded(numbers, 4), 14)
     if "gap" in report:
@@ -768,11 +779,6 @@ def read_flags(argv: list[str]) -> Namespace:
     return args
 
 
-def find_home(run: str) -> Path:
-    """Returns the directory that a run, or a checkpoint in it, is in."""
-    return Path(run) if Path(run).is_dir() else Path(run).parent
-
-
 def make_directory(out: Path) -> None:
     """Makes a directory to write to, or ends the program."""
     try:
@@ -839,19 +845,12 @@ def read_ids(args: Namespace, enc: tiktoken.Encoding, shards: Shards, T: int) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started the program
             setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        if argv[:1] == ["export"]:
-            parser = Parser(prog="eval.py export", description=export.__doc__)
-            parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
-            parser.add_argument("target", type=Path, metavar="DIR", help="directory to make")
-            export(**vars(parser.parse_args(argv[1:])))
-            return
-        args = read_flags(argv)
+        args = read_flags(sys.argv[1:] if argv is None else argv)
         device = open_device(args.device)
         if len(args.runs) > 1:
             compare(args, device)

@@ -45,6 +45,7 @@ from model import MoR
 from prepare import load_tokenizer, read_text
 from show import UNSAFE, Painter, paint, read_passage, routing_heatmap, token_bytes, write_page
 
+DEMO = "out/demo"
 MEMORY = (MemoryError, RuntimeError)  # what is raised for want of memory: torch's error is but a RuntimeError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def read_flags(argv: list[str] | None) -> Namespace:
     """Returns the flags of the command line; ends the program over those that contradict each other."""
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("run", nargs="?", metavar="MODEL", default="out/demo", help="run, checkpoint or weights (default: out/demo)")
+    add("run", nargs="?", metavar="MODEL", default=DEMO, help="run, checkpoint or weights (default: %(default)s)")
     add("prompt", nargs="?", metavar="PROMPT", help="text to continue")
     add("--file", metavar="FILE", help="read the prompt from a file, - for standard input")
     add("--prompts", metavar="FILE.jsonl", help="continue many prompts; results as JSON lines on standard output")
@@ -66,7 +67,7 @@ def read_flags(argv: list[str] | None) -> Namespace:
     add("--top-k", type=whole, metavar="K", help="draw among the K likeliest tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of probability P (default: 1)")
     add("--seed", type=whole, default=0, metavar="S", help="of the draws (default: 0)")
-    add("--stop", action=BooleanOptionalAction, default=True, help="end a row at end-of-text (default: yes)")
+    add("--stop", action=BooleanOptionalAction, default=True, help="end a row where the model does (default: yes)")
     add("--max-depth", type=whole, metavar="R", help="recursions per token at most (default: all)")
     add("--threshold", type=float, default=0.5, metavar="P", help="router probability to go on with (default: 0.5)")
     add("--slack", type=float, metavar="S", help="cache slots relative to capacity (default: the model's, 1.25)")
@@ -153,15 +154,14 @@ def encode(enc, text: str, limit: int) -> list[int]:
     return prepare.encode(enc, text) or [enc.eot_token]
 
 
-def read_settings(args: Namespace, eot: int, steps: int) -> tuple[dict, dict]:
+def read_settings(args: Namespace, steps: int) -> tuple[dict, dict]:
     """Returns what the flags say of drawing tokens, and of a cache and its graphs. Raises ValueError."""
     if errors := setting_errors(args.max_new_tokens, args.temperature, args.top_k, args.top_p):
         raise ValueError("; ".join(errors))
     # beyond these, logits over temperature leave fp32; the draws no longer change long before
     temperature = min(max(args.temperature, 1e-30), 1e30) if args.temperature else 0.0
     top_k = args.top_k and min(args.top_k, 2**31)
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=args.top_p)
-    sampling["stop_token"] = eot if args.stop else None
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=args.top_p, stop_token=args.stop_token)
     slack = args.slack and min(args.slack, 1e9)
     options = dict(threshold=args.threshold, max_depth=args.max_depth, slack=slack, freeze=args.freeze)
     options["compile"] = steps > 4000 if args.compile is None else args.compile
@@ -208,7 +208,7 @@ def continue_one(model: MoR, enc, text: str, args: Namespace) -> None:
     check_request(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     batch = min(args.batch, args.samples)
     new = min(args.max_new_tokens, block - len(ids))
-    sampling, options = read_settings(args, enc.eot_token, -(-args.samples // batch) * new)
+    sampling, options = read_settings(args, -(-args.samples // batch) * new)
     decoder = Decoder(model, batch, bucket(len(ids) + new, block), **options)
     if options["compile"]:  # apart, so that the speed below is that of decoding
         start = time.perf_counter()
@@ -247,7 +247,7 @@ def converse(model: MoR, enc, args: Namespace) -> None:
         import readline  # noqa: F401 - input() then edits lines and remembers them
     except ImportError:
         pass
-    sampling, options = read_settings(args, enc.eot_token, steps=0)
+    sampling, options = read_settings(args, steps=0)
     decoder = Decoder(model, args.samples, model.config.block_size, **options)
     print("type a text to be continued; Ctrl-D ends", file=sys.stderr)
     if wants_color(args):
@@ -280,7 +280,7 @@ def continue_many(model: MoR, enc, records: list[dict], args: Namespace) -> None
     # an engine in which one of the two stages always has a full batch
     width = min(args.batch, len(prompts))
     slots = width if model.config.router == "none" else min(len(prompts), 2 * width - 1)
-    sampling, options = read_settings(args, enc.eot_token, sum(new) // width)
+    sampling, options = read_settings(args, sum(new) // width)
     engine = Engine(model, slots, width, bucket(max_len, block), **options)
     start = time.perf_counter()
     requests = []
@@ -323,19 +323,21 @@ def to_json(result: dict) -> str:
 
 
 def report(model: MoR, cache: KVCache, speed: str, depths: list[list[int]], overflow: int) -> str:
-    """Returns what is said after the text: speed, depth, and memory of the cache beside a vanilla model's."""
+    """Returns what is said after the text: speed and memory; of a recursive model also depth, and a vanilla cache."""
     c = model.config
-    dtype = model.wte.weight.dtype
+    size = f"KV cache of {cache.batch} x {cache.max_len} tokens: {cache.nbytes / 1e6:.2f} MB"
+    if c.n_recursion == 1:
+        return f"{speed}\n{size}"
     flat = [d for row in depths for d in row]
+    dtype = model.wte.weight.dtype
     vanilla = 2 * cache.batch * cache.max_len * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize
     outer = vanilla * c.n_unshared // c.n_layer  # first and last layer cache every token in any model
     share = (cache.nbytes - outer) / (vanilla - outer)
     tight = (model.kv_bytes(cache.batch, cache.max_len, dtype) - outer) / (vanilla - outer)
     lines = [
         f"{speed}; mean depth {sum(flat) / max(1, len(flat)):.2f} of {c.n_recursion}",
-        f"KV cache of {cache.batch} x {cache.max_len} tokens: {cache.nbytes / 1e6:.2f} MB, vanilla's"
-        f" {vanilla / 1e6:.2f} MB; shared block alone {share:.1%} of vanilla's at slack {cache.slack:g},"
-        f" {tight:.1%} at slack 1",
+        f"{size}, vanilla's {vanilla / 1e6:.2f} MB; shared block alone {share:.1%} of vanilla's at slack"
+        f" {cache.slack:g}, {tight:.1%} at slack 1",
     ]
     if overflow:
         lines.append(f"{overflow} tokens found a recursion's cache full and ended early: --slack gives it more slots")
@@ -348,11 +350,14 @@ def run(args: Namespace) -> None:
     text = read_text(args.file) if args.file else read_argument(args.prompt or "")
     device = open_device(args.device)
     dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, auto=None if device == "cpu" else torch.bfloat16)
-    model, enc, _ = open_model(args.run, device, dtypes[args.dtype])
+    if args.run == DEMO and not Path(DEMO).exists():
+        fail(f"{DEMO} does not exist here: make demo trains it; or name a MODEL (sample.py --help)")
+    model, enc, config = open_model(args.run, device, dtypes[args.dtype])
     if args.tokenizer:
         enc = load_tokenizer(args.tokenizer)
     if enc is None:
         fail(f"{args.run} holds no tokenizer: name it with --tokenizer (a name, a file, or a directory that has one)")
+    args.stop_token = config["data"].get("eos", enc.eot_token) if args.stop else None
 
     # without a prompt a terminal is asked; a pipe, or a page to be written, gets a document from its beginning
     asked = args.prompt is None and not args.file and not args.html and not args.heatmap

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+LOGITS = 2**24  # numbers in the logits that stand at a time: 64 MB
 SHADES = (253, 153, 157, 222, 210, 177)  # xterm-256 backgrounds of depth 0, 1, 2, ...; the last serves all deeper ones
 # Controls that a terminal obeys (C0, DEL and C1), that turn or break a line of text, and lone halves of a character.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -158,17 +159,30 @@ class Passage(NamedTuple):
     prompt: int = 0  # the first tokens, which were given
 
 
+def token_losses(model, hidden, targets):
+    """Returns fp32 [M], the loss in nats of each of M targets, int64 [M], that the head predicts from hidden [M, D].
+
+    Logits of all M at once would take gigabytes where the vocabulary is large."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    rows = max(1, LOGITS // model.config.vocab_size)
+    losses = []
+    for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        losses.append(cross_entropy(model.head(h), target, reduction="none"))
+    return torch.cat(losses)
+
+
 def read_passage(model, enc, ids: list[int], prompt: int = 0, routing: str = "causal", **knobs) -> Passage:
     """Returns the passage of token ids, at most block_size of them; knobs are threshold and max_depth of a forward."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     c = model.config
     idx = torch.tensor([ids], device=model.wte.weight.device)
     with torch.no_grad():
-        out = model(idx, routing=routing, **knobs)
+        out = model(idx, routing=routing, return_logits=False, return_hidden=True, **knobs)
+        surprise = token_losses(model, out.hidden[0, :-1], idx[0, 1:])
     depth = out.depth[0].tolist()
-    surprise = cross_entropy(out.logits[0, :-1], idx[0, 1:], reduction="none")
 
     # expert choice asks before each recursion that not all may run, until one says no; token choice chooses once
     router: list[list] = [[] for _ in ids]

@@ -154,8 +154,8 @@ def change(name, function):
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 WRONG = {
-    "nan": (change(NORM, lambda w: w * torch.nan), f"not finite: {NORM}"),
-    "inf": (change(Q, lambda w: w + torch.inf), f"not finite: {Q}"),
+    "nan": (change(NORM, lambda w: w * torch.nan), f"{NORM} is not finite"),
+    "inf": (change(Q, lambda w: w + torch.inf), f"{Q} is not finite"),
     "int8": (change(Q, lambda w: w.to(torch.int8)), "quantized: model.layers.0.self_attn.q_proj.weight (torch.int8)"),
     "int64": (change(NORM, lambda w: w.long()), "quantized"),
     "adapter": (lambda w: w.update(lora_A=w.pop(Q), lora_B=w[NORM].clone()), "LoRA adapter"),

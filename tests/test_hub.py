@@ -291,7 +291,8 @@ def test_mistakes_of_an_export(tmp_path, capsys):
     checkpoint.export(str(tmp_path / "run"), tmp_path / "mor")
     capsys.readouterr()
     mistakes = {
-        "exists already": ("export", tmp_path / "run", tmp_path / "mor"),
+        "mor exists already": ("export", tmp_path / "run", tmp_path / "mor"),
+        ". exists already": ("export", tmp_path / "run", "."),
         "holds no checkpoint": ("export", tmp_path / "none", tmp_path / "new"),
         "required": ("export", tmp_path / "run"),
         "invalid choice": ("import", tmp_path / "run", tmp_path / "new"),
