@@ -56,7 +56,7 @@ def read_flags(argv: list[str] | None) -> Namespace:
     """Returns the flags of the command line; ends the program over those that contradict each other."""
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("run", nargs="?", metavar="MODEL", default=DEMO, help="run, checkpoint or weights (default: %(default)s)")
+    add("run", nargs="?", metavar="MODEL", default=DEMO, help=f"run, checkpoint or weights (default: {DEMO})")
     add("prompt", nargs="?", metavar="PROMPT", help="text to continue")
     add("--file", metavar="FILE", help="read the prompt from a file, - for standard input")
     add("--prompts", metavar="FILE.jsonl", help="continue many prompts; results as JSON lines on standard output")

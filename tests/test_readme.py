@@ -52,7 +52,7 @@ SHELL = re.compile(r"export \w+=\S+$|\w+=\$\(.*\)$|\. \S+/activate$")
 LEFT_OUT = {  # what a text that only mentions a command does not say
     "eval.py DIR --paper": "--data data/python",
     "train.py --recipe NAME": "--data data/fineweb",
-    "eval.py export": "RUN DIR",
+    "checkpoint.py export": "RUN DIR",
     "prepare.py debian": "--out data/debian",
     "prepare.py FILE --tokenizer gpt2": "--out data/file",
 }
