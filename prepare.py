@@ -565,8 +565,10 @@ def check_conversion(path: Path, encoding: tiktoken.Encoding, documents: Iterabl
         fail(f"tokenizer {path}: tiktoken gives other ids for {text[:40]!r}...; use another tokenizer")
 
 
-def save_tokenizer(enc: tiktoken.Encoding, directory: Path) -> None:
-    """Writes tokenizer.json for transformers; where that would not give the same ids, the rank file instead."""
+def save_tokenizer(enc: tiktoken.Encoding, directory: Path) -> bool:
+    """Writes tokenizer.json for transformers, or the rank file where that would not give the same ids.
+
+    Returns whether it is the former."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     letters = {b: c for c, b in make_byte_letters().items()}
@@ -576,16 +578,21 @@ def save_tokenizer(enc: tiktoken.Encoding, directory: Path) -> None:
     halves = ((word[:i], word[i:]) for word in sorted(vocab, key=vocab.get) for i in range(1, len(word)))
     merges = [(a, b) for a, b in halves if a in vocab and b in vocab]
     bpe = Tokenizer(models.BPE(vocab | special, merges, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(enc._pat_str.replace("{1,3}+", "{1,3}")), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    if find_difference(enc, bpe, []) is not None:
+    try:
+        split = pre_tokenizers.Split(Regex(enc._pat_str.replace("{1,3}+", "{1,3}")), "isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        bpe.decoder = decoders.ByteLevel()
+        same = find_difference(enc, bpe, []) is None
+    except Exception:  # the class of its errors over a pattern that its own regular expressions lack
+        same = False
+    if not same:
         write_ranks(directory / f"{enc.name}.tiktoken", enc)
-        return
+        return False
     bpe.add_special_tokens(list(special))
     bpe.save(str(directory / "tokenizer.json"))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT)
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT, pad_token=EOT)
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

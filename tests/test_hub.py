@@ -259,16 +259,21 @@ def test_the_harness_gives_the_same_numbers_through_transformers(kind, tmp_path,
         assert a == (pytest.approx(b[0], abs=1e-4), b[1])
     a, b = ask("loglikelihood_rolling", (TEXT,), (TEXT * 3,), ("x",))
     assert a == pytest.approx(b, abs=1e-3)
-    settings = dict(until=["\n"], max_gen_toks=12, do_sample=False, slack=1e6)
-    a, b = ask("generate_until", ("the model", settings), (TEXT, settings), ("then", settings))
+    settings = dict(until=["\n"], max_gen_toks=12, do_sample=False)
+    prompts = ["the model", TEXT, "then", "zzzz" * 5, "0123456789" * 2]
+    a, b = ask("generate_until", *((prompt, settings | dict(slack=1e6)) for prompt in prompts))
     assert a == b and any(a)
+    if kind == "token":  # whose cache is tight: what the model card says of slack is needed
+        assert "--gen_kwargs slack=1e6" in (tmp_path / "exported" / "README.md").read_text()
+        a, b = ask("generate_until", *((prompt, settings) for prompt in prompts))
+        assert a != b
 
 
 def test_what_the_directory_says_of_itself(tmp_path, capsys):
     model = write_run(tmp_path / "run", **KINDS["expert"])
     checkpoint.export(str(tmp_path / "run"), tmp_path / "mor")
     card = (tmp_path / "mor" / "README.md").read_text()
-    assert "trust_remote_code" in card
+    assert card.count('"mor", trust_remote_code=True') == 2  # for the tokenizer too, or a question would be asked
     assert "6.7500 nats per token, 2.1250 bits" in card and "2.25 rec" in card and "8.25" not in card
     assert f"{model.num_params(embedding=True):,}" in card
     for file in (tmp_path / "mor").glob(
@@ -284,6 +289,32 @@ def test_what_the_directory_says_of_itself(tmp_path, capsys):
     assert not list((tmp_path / "unrolled").glob("*.py"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "unrolled")
     assert type(theirs).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "why, pattern",
+    [
+        ("a pattern that transformers cannot read", r"\p{scx=Greek}+|[^\s\p{scx=Greek}]+|\s"),
+        ("a set of characters that it reads otherwise", r"[\w--\d]+|\d|[^\w]"),
+        ("ids that it would not give", r"[a-z],$|[^\n]|\n"),  # for it, a line may end where $ is
+    ],
+)
+def test_a_tokenizer_that_transformers_lacks(why, pattern, tmp_path, capsys):
+    """Such a run is exported all the same, says so in one line, and is read here with its own ids."""
+    model = write_run(tmp_path / "run", **KINDS["expert"])
+    ranks = tmp_path / "run" / "own.tiktoken"
+    first = json.dumps(dict(pattern=pattern, special={prepare.EOT: 259}))
+    tokens = ranks.read_bytes().replace(base64.b64encode(b"the"), base64.b64encode(b"s,"))
+    ranks.write_bytes(f"#{first}\n".encode() + tokens)
+    own = prepare.load_tokenizer(ranks)
+    checkpoint.export(str(tmp_path / "run"), tmp_path / "mor")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[1].startswith("note: ") and "own.tiktoken" in said[1]
+    assert not list((tmp_path / "mor").glob("tokenizer*"))
+    assert "AutoTokenizer" not in (tmp_path / "mor" / "README.md").read_text()
+    again, enc, config = open_model(tmp_path / "mor")
+    assert again.config == model.config and config["data"]["eot"] == 259
+    assert enc.encode_ordinary(prepare.PROBE) == own.encode_ordinary(prepare.PROBE)
 
 
 def test_mistakes_of_an_export(tmp_path, capsys):
