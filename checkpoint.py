@@ -262,7 +262,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote what cannot be
                 weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except damage as e:
-            reason = " ".join(str(e).split())[:150]
+            reason = " ".join(str(e).split()).split(". ")[0][:150]
             raise ValueError(f"{file} cannot be read ({type(e).__name__}: {reason}): fetch it again") from e
 
     # names that DDP, torch.compile or a model without its head leave behind

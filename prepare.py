@@ -1527,14 +1527,19 @@ def main() -> None:
     add = parser.add_argument
     add("source", nargs="*", default=["python"], help="what to read (default: python)")
     add("--out", type=Path, required=True, help="directory to make, such as data/python")
-    add("--tokenizer", default="train:8192", help="default: %(default)s")
+    add("--tokenizer", default="train:8192", help="train:N, a name, FILE.tiktoken or DIR (default: %(default)s)")
     add("--val-fraction", type=parse_fraction, default=0.01, help="documents held out (default: %(default)s)")
     add("--field", default="text", help="column of .jsonl, .parquet and hub rows (default: %(default)s)")
     add("--skip-bad", action="store_true", help="leave out rows that hold no text, and say how many")
     add("--max-tokens", type=parse_count, help="stop after this many train tokens")
     add("--shard-tokens", type=parse_count, default=100_000_000, help="tokens a shard (default: %(default)s)")
-    add("--dtype", choices=["auto", "uint16", "uint32"], default="auto", help="default: by vocabulary")
-    add("--threads", type=parse_count, default=os.cpu_count(), help="default: all cores")
+    add(
+        "--dtype",
+        choices=["auto", "uint16", "uint32"],
+        default="auto",
+        help="of the ids on disk (default: by vocabulary)",
+    )
+    add("--threads", type=parse_count, default=os.cpu_count(), help="that tokenize (default: all cores)")
     add("--overwrite", action="store_true", help="replace an output directory that is already prepared")
     # the work; what goes wrong on the way is one line
     args = parser.parse_intermixed_args()
