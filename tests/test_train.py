@@ -476,6 +476,28 @@ def test_nonfinite_updates_are_skipped_and_named(data, tmp_path, capfd, monkeypa
     assert math.isfinite(losses(tmp_path)[8])
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (64, 160), (192, 64)])
+@pytest.mark.parametrize("rank", [2, 16])
+def test_orthogonalized_as_newton_schulz_says(shape, rank):
+    """Against the iterations on x in fp64, one matrix at a time; bf16 rounds less than there."""
+
+    def iterate(x):
+        x = x.mT if x.size(0) > x.size(1) else x
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return (x if x.shape == shape else x.mT).double()
+
+    g = torch.Generator().manual_seed(0)
+    low = torch.randn(3, shape[0], rank, generator=g) @ torch.randn(3, rank, shape[1], generator=g)
+    x = low + 0.1 * torch.randn(3, *shape, generator=g)  # few large singular values, as gradients have
+    exact = torch.stack([iterate(each) for each in x.double()])
+    assert relative(train.orthogonalize(x), exact) < 1e-4
+    rounded = torch.stack([iterate(each) for each in x.bfloat16()])
+    assert relative(train.orthogonalize(x.bfloat16()), exact) < relative(rounded, exact)
+
+
 def test_muon_is_that_of_torch_and_adamw_elsewhere():
     """Ten steps on random gradients. torch's iterations are in bf16; the matrices differ by as much as that rounds."""
     config = MoRConfig.preset("nano", n_recursion=3, router="expert", d_model=32, d_ff=48, vocab_size=50)
