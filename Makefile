@@ -11,7 +11,7 @@ BIN := .venv/bin
 .PHONY: demo test lint soak clean
 
 demo: .venv/run.stamp data/python/meta.json
-	$(BIN)/python train.py --data data/python --out out/demo --optimizer muon --eval-every 400
+	$(BIN)/python train.py --data data/python --out out/demo --optimizer muon --steps 600 --cooldown 0.4 --eval-every 600
 	$(BIN)/python sample.py out/demo "The module" --max-new-tokens 200 --html out/demo/page.html
 	@echo "made out/demo: page.html, loss.png, metrics.jsonl and the checkpoint; next: $(BIN)/python sample.py out/demo"
 
@@ -33,7 +33,7 @@ clean:
 
 .venv/run.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-compile --editable .
 	touch $@
 
 .venv/dev.stamp: .venv/run.stamp

@@ -262,7 +262,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote what cannot be
                 weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except damage as e:
-            reason = " ".join(str(e).split())[:150]
+            reason = " ".join(str(e).split()).split(". ")[0][:150]
             raise ValueError(f"{file} cannot be read ({type(e).__name__}: {reason}): fetch it again") from e
 
     # names that DDP, torch.compile or a model without its head leave behind
@@ -569,8 +569,8 @@ def export(run: str, target: Path) -> None:
         save_file(weights, partial / "model.safetensors", {"format": "pt"})
         (partial / "config.json").write_text(json.dumps(config, indent=1))
         (partial / "generation_config.json").write_text(json.dumps(generation, indent=1))
-        (partial / "README.md").write_text(describe_run(run, model, checkpoint, target.name))
-        prepare.save_tokenizer(enc, partial)
+        known = prepare.save_tokenizer(enc, partial)
+        (partial / "README.md").write_text(describe_run(run, model, checkpoint, target.name, known))
         for name in [] if llama else HUB_FILES:
             source = Path(__file__).with_name(f"{name}.py").read_text()
             (partial / f"{name}.py").write_text(make_imports_relative(source))
@@ -581,6 +581,8 @@ def export(run: str, target: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     kind = "a Hugging Face Llama" if llama else "a model for transformers, with its code"
     print(f"{target}: {kind}, {model.num_params(embedding=True):,} parameters")
+    if not known:
+        print(f"note: transformers has nothing like its tokenizer; {enc.name}.tiktoken is for sample.py and eval.py")
 
 
 def export_llama(model: MoR) -> tuple[dict, dict[str, Tensor]]:
@@ -630,8 +632,10 @@ def make_imports_relative(source: str) -> str:
     return re.sub(r"^( +)from checkpoint import .*$", absent, source, flags=re.M)
 
 
-def describe_run(run: str, model: MoR, checkpoint: dict, name: str) -> str:
-    """Returns README.md, the model card of an exported run, with the figures of its last evaluation."""
+def describe_run(run: str, model: MoR, checkpoint: dict, name: str, known: bool) -> str:
+    """Returns README.md, the model card of an exported run, with the figures of its last evaluation.
+
+    known: whether transformers has the tokenizer."""
     c, data = model.config, checkpoint["config"]["data"]
     step = checkpoint.get("step", 0)
     facts = {
@@ -661,11 +665,18 @@ def describe_run(run: str, model: MoR, checkpoint: dict, name: str) -> str:
     if "selected" in measured:
         facts["mean depth in validation"] = f"{sum(measured['selected']):.2f} recursions"
     table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
-    trust = "" if c.router == "none" and not c.qk_norm else ", trust_remote_code=True"
-    return MODEL_CARD.format(name=name, trust=trust, table=table)
+    card = CARD.format(name=name, table=table)
+    trust = ""
+    if c.router != "none" or c.qk_norm:
+        trust = ", trust_remote_code=True"
+    if known:
+        card += USE.format(name=name, trust=trust)
+    if c.router != "none":
+        card += SLACK.format(slack=c.capacity_slack)
+    return card
 
 
-MODEL_CARD = """---
+CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [mixture-of-recursions, nanomor]
@@ -678,15 +689,21 @@ Trained by nanoMoR, an implementation of [Mixture-of-Recursions](https://arxiv.o
 | | |
 |---|---|
 {table}
-
+"""
+USE = """
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 prompt = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
+"""
+SLACK = """
+`generate` keeps {slack:g} times as many slots in its cache as the capacities ask for; a token that finds none goes no
+deeper. `generate(..., slack=1e6)` has room for all of them. So has lm-evaluation-harness's `--model hf` with
+`--gen_kwargs slack=1e6`, and only then do its tasks that generate text give the numbers of nanoMoR's eval.py.
 """
 
 

@@ -565,8 +565,10 @@ def check_conversion(path: Path, encoding: tiktoken.Encoding, documents: Iterabl
         fail(f"tokenizer {path}: tiktoken gives other ids for {text[:40]!r}...; use another tokenizer")
 
 
-def save_tokenizer(enc: tiktoken.Encoding, directory: Path) -> None:
-    """Writes tokenizer.json for transformers; where that would not give the same ids, the rank file instead."""
+def save_tokenizer(enc: tiktoken.Encoding, directory: Path) -> bool:
+    """Writes tokenizer.json for transformers, or the rank file where that would not give the same ids.
+
+    Returns whether it is the former."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     letters = {b: c for c, b in make_byte_letters().items()}
@@ -576,16 +578,21 @@ def save_tokenizer(enc: tiktoken.Encoding, directory: Path) -> None:
     halves = ((word[:i], word[i:]) for word in sorted(vocab, key=vocab.get) for i in range(1, len(word)))
     merges = [(a, b) for a, b in halves if a in vocab and b in vocab]
     bpe = Tokenizer(models.BPE(vocab | special, merges, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(enc._pat_str.replace("{1,3}+", "{1,3}")), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    if find_difference(enc, bpe, []) is not None:
+    try:
+        split = pre_tokenizers.Split(Regex(enc._pat_str.replace("{1,3}+", "{1,3}")), "isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        bpe.decoder = decoders.ByteLevel()
+        same = find_difference(enc, bpe, []) is None
+    except Exception:  # the class of its errors over a pattern that its own regular expressions lack
+        same = False
+    if not same:
         write_ranks(directory / f"{enc.name}.tiktoken", enc)
-        return
+        return False
     bpe.add_special_tokens(list(special))
     bpe.save(str(directory / "tokenizer.json"))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT)
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT, pad_token=EOT)
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1520,14 +1527,19 @@ def main() -> None:
     add = parser.add_argument
     add("source", nargs="*", default=["python"], help="what to read (default: python)")
     add("--out", type=Path, required=True, help="directory to make, such as data/python")
-    add("--tokenizer", default="train:8192", help="default: %(default)s")
+    add("--tokenizer", default="train:8192", help="train:N, a name, FILE.tiktoken or DIR (default: %(default)s)")
     add("--val-fraction", type=parse_fraction, default=0.01, help="documents held out (default: %(default)s)")
     add("--field", default="text", help="column of .jsonl, .parquet and hub rows (default: %(default)s)")
     add("--skip-bad", action="store_true", help="leave out rows that hold no text, and say how many")
     add("--max-tokens", type=parse_count, help="stop after this many train tokens")
     add("--shard-tokens", type=parse_count, default=100_000_000, help="tokens a shard (default: %(default)s)")
-    add("--dtype", choices=["auto", "uint16", "uint32"], default="auto", help="default: by vocabulary")
-    add("--threads", type=parse_count, default=os.cpu_count(), help="default: all cores")
+    add(
+        "--dtype",
+        choices=["auto", "uint16", "uint32"],
+        default="auto",
+        help="of the ids on disk (default: by vocabulary)",
+    )
+    add("--threads", type=parse_count, default=os.cpu_count(), help="that tokenize (default: all cores)")
     add("--overwrite", action="store_true", help="replace an output directory that is already prepared")
     # the work; what goes wrong on the way is one line
     args = parser.parse_intermixed_args()

@@ -338,7 +338,7 @@ header p { margin: 0; color: var(--soft) }
 .text span { background: var(--depth); padding: .2em 0; cursor: default;
   box-decoration-break: clone; -webkit-box-decoration-break: clone }
 .text span.given { text-decoration: underline; text-decoration-color: var(--soft); text-underline-offset: .3em }
-.text span.break::before { content: "\\21b5"; color: var(--soft); font-size: .75em; padding: 0 .15em }
+.text span.break::before { content: "\\21b5"; font-size: .75em; padding: 0 .15em }
 .text span.part::before { content: "\\b7"; color: var(--soft) }
 .text span:hover, .text span.on { outline: 2px solid var(--ink); outline-offset: -1px; border-radius: 3px }
 {{COLORS}}
@@ -384,14 +384,15 @@ details td:nth-child(2), details th:nth-child(2) { text-align: left; white-space
 <aside>
 <h2>Recursions per token</h2>
 <table>
-<thead><tr><th scope="col">depth<th scope="col">tokens<th scope="col">loss, nats</thead>
+<thead><tr><th scope="col">depth<th scope="col">of tokens<th scope="col">loss, nats</thead>
 <tbody>
 {{LEGEND}}
 </tbody>
 </table>
-<p>{{COUNT}} tokens took {{MEAN}} of {{N}} recursions on average. Loss: how badly tokens of that depth predict what
-comes next. Press a depth to see it alone; point at a token, or walk with the arrow keys, to see what the router
-said.{{GIVEN}}</p>
+<p>The colour of a token is how many of {{N}} recursions it took: {{MEAN}} on average in these {{COUNT}} tokens. The
+loss is that of the token which comes next.{{GIVEN}}</p>
+<p>Press a depth to see it alone. Point at a token, or walk with the arrow keys, to see with what probability the router
+sent it on to each recursion, and how surprising it was itself.</p>
 </aside>
 <details>
 <summary>All tokens as a table</summary>

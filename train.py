@@ -1,7 +1,7 @@
 """Trains a Mixture-of-Recursions model, or its vanilla and recursive baselines, on the shards that prepare.py writes.
 
     python train.py --data data/python --out out/demo                  # a laptop: nano MoR, three recursions, minutes
-    python train.py --preset 360M --data data/fineweb --out out/mor3   # one GPU
+    python train.py --recipe mor-3 --data data/fineweb --out out/mor3  # one GPU: a row of the paper's Table 3
     torchrun --standalone --nproc_per_node=8 train.py --preset 360M    # one node; --parallel fsdp shards the weights
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                        # two nodes: the same lines on each
     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py
@@ -125,7 +125,7 @@ class TrainConfig:
     init: str = "stepwise"  # how a Llama's layers become the shared block (checkpoint.py, from_pretrained)
     steps: int = 0  # optimizer steps, or those of the cool-down with --cooldown-from; 0: 800 at nano, 9438 above it
     batch_tokens: int = 0  # tokens per step over all processes; 0: 2048 at nano, 2097152 above, 131072 with --init-from
-    micro_batch: int = 32  # at most this many sequences per forward pass of a process; the rest is accumulated
+    micro_batch: int = 32  # most sequences per forward pass, fewer on a card without room; the rest is accumulated
     optimizer: str = "adamw"  # adamw, or muon for the matrices of the layers with adamw for all else
     lr: float = 3e-3  # peak learning rate
     schedule: str = "trapezoid"  # trapezoid (warm-up, plateau, linear cool-down to 0) or cosine (to a tenth)
@@ -420,7 +420,7 @@ def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig,
     remedy = "leave --vocab-size out"
     try:
         if not cfg.init_from:
-            settings = MODEL_DEFAULTS | dict(vocab_size=meta["vocab_size"])
+            settings = MODEL_DEFAULTS | dict(vocab_size=choose_vocabulary(cfg, meta["vocab_size"]))
             config = MoRConfig.preset(cfg.preset, **(settings | given))
         else:
             torch.manual_seed(cfg.seed)  # of new routers
@@ -457,6 +457,18 @@ def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig,
     return config, model.state_dict()
 
 
+def choose_vocabulary(cfg: TrainConfig, tokens: int) -> int:
+    """Returns the vocabulary of a model for data with `tokens` kinds of token: the next multiple of 128, since every
+    product of the head is misaligned on a GPU otherwise. A run that is there already keeps the one it has."""
+    files = [Path(file) for file in (cfg.resume, cfg.cooldown_from) if Path(file).is_file()]
+    for place in [Path(cfg.out), *(file.parent for file in files)]:
+        with suppress(OSError, ValueError, KeyError):  # no run, or one that the checks of resuming refuse
+            there = json.loads((place / "config.json").read_text())
+            if there["data"]["vocab_size"] == tokens:
+                return there["model"]["vocab_size"]
+    return -(-tokens // 128) * 128
+
+
 def open_data(cfg: TrainConfig, meta: dict, config: MoRConfig) -> tuple[Shards, Shards]:
     """Training and validation tokens, enough of them for the batch and the model."""
     train, val, T = Shards(cfg.data, "train"), Shards(cfg.data, "val"), config.block_size
@@ -488,6 +500,62 @@ def warn_of_plan(cfg: TrainConfig, meta: dict) -> list[str]:
             " losses will not compare with the paper's; prepare with --tokenizer and SmolLM's directory"
         )
     return found
+
+
+def estimate_activations(c: MoRConfig, B: int, T: int, recompute: bool = False) -> int:
+    """Returns about how many bytes the compiled forward keeps for the backward pass, under bf16 autocast, of B
+    sequences of T tokens; with `recompute` of one recursion at a time."""
+    stream = 4 * 2 * c.d_model  # fp32: before attention and before the MLP
+    inner = 4 * c.d_model + 2 * c.n_kv_head * c.head_dim + 3 * c.d_ff  # normed twice, q, attention; K, V; MLP
+    slack = c.capacity_slack if c.router == "token" else 1.0
+    passes = [min(1.0, slack * capacity) for capacity in c.capacities]
+    layers = c.n_unshared + c.n_block * (max(passes) if recompute else sum(passes))
+    return int(B * T * (stream + 2 * inner) * layers)
+
+
+def plan_memory(c: MoRConfig, B: int, T: int, shards: int = 1, recompute: bool = False) -> dict[str, int]:
+    """Returns the bytes that a device holds in training, by kind: fp32 weights, gradients and AdamW moments, bf16
+    copies of the weights, and activations of B sequences of T.
+
+    FSDP cuts the first three into `shards`, but weights and gradients are whole while a step lasts: the shared block is
+    used N times, and gathering it N times would send more than it saves."""
+    with torch.device("meta"):
+        P = MoR(c).num_params(embedding=True)
+    whole = 4 * P if shards > 1 else 0
+    return dict(
+        weights=4 * P // shards + whole,
+        gradients=4 * P // shards + whole,
+        optimizer=8 * P // shards,
+        casts=2 * P,
+        activations=estimate_activations(c, B, T, recompute),
+    )
+
+
+def fit_micro_batch(cfg: TrainConfig, config: MoRConfig, world: World) -> int:
+    """Returns --micro-batch, or on CUDA the most sequences up to it that the memory plan fits into what every card has
+    free, and says so. Ends the program where not even one fits."""
+    if world.device.type != "cuda":
+        return cfg.micro_batch
+    # a tenth is left for what the plan does not count: the chunk of logits in the loss, the libraries, fragments
+    room = torch.tensor(int(0.9 * torch.cuda.mem_get_info(world.device)[0]))
+    if world.size > 1:
+        dist.all_reduce(room, dist.ReduceOp.MIN)
+    shards = world.size if cfg.parallel == "fsdp" else 1
+    plan = plan_memory(config, 1, config.block_size, shards, cfg.checkpoint_recursions)
+    each = plan.pop("activations")
+    fixed = sum(plan.values())
+    fitting = (int(room) - fixed) // each
+    wanted = min(cfg.micro_batch, cfg.batch_tokens // config.block_size // world.size)
+    if fitting >= wanted:
+        return cfg.micro_batch
+
+    # in GiB, as nvidia-smi counts
+    gib = [f"{x / 2**30:.1f} GiB" for x in (fixed + each, fixed + wanted * each, room)]
+    if fitting < 1:
+        remedy = "use --checkpoint-recursions, --parallel fsdp on more cards, or a smaller model"
+        fail(f"a single sequence of {config.block_size} tokens needs {gib[0]}, {gib[2]} can be used: {remedy}")
+    world.say(f"micro-batches of {fitting}: {wanted} sequences at once need {gib[1]}, {gib[2]} can be used")
+    return fitting
 
 
 def check_ids(cfg: TrainConfig, shards: tuple[Shards, ...], vocab_size: int, world: World) -> None:
@@ -592,15 +660,35 @@ NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # torch.optim.Muon's: a quintic that li
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Returns about U V^T for matrices x = U S V^T, [n, rows, columns]: five Newton-Schulz iterations (Muon)."""
+    """Returns about U V^T for matrices x = U S V^T, [n, rows, columns]: five Newton-Schulz iterations (Muon).
+
+    An iteration multiplies x by a polynomial of G = x x^T, and so G by its square. Where x is at least twice as long as
+    wide, iterations on G alone are cheaper: three, then two on a new G. Five on one G would blow up what bf16 rounds
+    off; three and two are as exact as iterations on x."""
     a, b, c = NEWTON_SCHULZ
     tall = x.size(1) > x.size(2)
     x = x.mT.contiguous() if tall else x  # the products are of the size of the shorter side
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+    if x.size(2) < 2 * x.size(1):
+        for _ in range(5):
+            gram = x @ x.mT
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
+        return x.mT if tall else x
+
+    identity = torch.eye(x.size(1), dtype=x.dtype, device=x.device)
+    for iterations in (3, 2):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        for i in range(iterations):
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            if i == 0:
+                factor = polynomial + a * identity
+            else:
+                factor = torch.baddbmm(factor, polynomial, factor, beta=a)
+            if i < iterations - 1:
+                for _ in range(2):
+                    gram = torch.baddbmm(gram, polynomial, gram, beta=a)
+        x = factor @ x
     return x.mT if tall else x
 
 
@@ -1286,6 +1374,8 @@ def main(argv: list[str] | None = None) -> None:
         runs = plan_budgets(cfg, config) if cfg.budgets else [cfg]
         world = join_world(cfg)
         check_ids(cfg, shards, meta["vocab_size"], world)
+        micro_batch = fit_micro_batch(cfg, config, world)
+    runs = [replace(each, micro_batch=micro_batch) for each in runs]
     for warning in warn_of_plan(cfg, meta):
         world.say(f"warning: {warning}")
     if cfg.dry_run:

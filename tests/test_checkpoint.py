@@ -182,7 +182,7 @@ def test_wrong_weights_are_named(name, form, tmp_path, capsys):
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_wrong_directories_are_named(tmp_path, monkeypatch):
+def test_wrong_directories_are_named(tmp_path, monkeypatch, capsys):
     weights = golden_weights("token_mc3_softmax")
     plain = write_directory(tmp_path / "plain", weights, "safetensors")
     half = write_directory(tmp_path / "half", weights, "shards")
@@ -216,6 +216,11 @@ def test_wrong_directories_are_named(tmp_path, monkeypatch):
         with pytest.raises(ValueError) as error:
             from_pretrained(path)
         assert message in str(error.value), path
+        if path not in (plain / "config.json", plain / "model.safetensors"):  # as sample.py and eval.py say it
+            with pytest.raises(SystemExit) as stop:
+                open_model(path)
+            err = capsys.readouterr().err
+            assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
 @torch.no_grad()

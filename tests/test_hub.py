@@ -259,16 +259,84 @@ def test_the_harness_gives_the_same_numbers_through_transformers(kind, tmp_path,
         assert a == (pytest.approx(b[0], abs=1e-4), b[1])
     a, b = ask("loglikelihood_rolling", (TEXT,), (TEXT * 3,), ("x",))
     assert a == pytest.approx(b, abs=1e-3)
-    settings = dict(until=["\n"], max_gen_toks=12, do_sample=False, slack=1e6)
-    a, b = ask("generate_until", ("the model", settings), (TEXT, settings), ("then", settings))
+    settings = dict(until=["\n"], max_gen_toks=12, do_sample=False)
+    prompts = ["the model", TEXT, "then", "zzzz" * 5, "0123456789" * 2]
+    a, b = ask("generate_until", *((prompt, settings | dict(slack=1e6)) for prompt in prompts))
     assert a == b and any(a)
+    if kind == "token":  # whose cache is tight: what the model card says of slack is needed
+        assert "--gen_kwargs slack=1e6" in (tmp_path / "exported" / "README.md").read_text()
+        a, b = ask("generate_until", *((prompt, settings) for prompt in prompts))
+        assert a != b
+
+
+@torch.no_grad()
+def test_a_llama_through_every_door(tmp_path, capsys, monkeypatch):
+    """Sampled and evaluated as it is, uptrained to a MoR, exported, and read by transformers, which has the last word
+    on ids, logits and greedy tokens."""
+    import eval as evaluation
+    import sample
+    import train
+
+    # a tiny Llama whose tokenizer.json splits digits, as SmolLM's does
+    llama, mor = tmp_path / "llama", tmp_path / "mor"
+    sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=6, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=48, tie_word_embeddings=True, eos_token_id=258)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=260, **sizes)).eval()
+    for p in theirs.parameters():
+        p.copy_(torch.randn_like(p) * p.size(-1) ** -0.5 if p.dim() == 2 else 1 + 0.1 * torch.randn_like(p))
+    theirs.save_pretrained(llama)
+    ranks = {bytes([b]): b for b in range(256)} | {b"th": 256, b"the": 257}
+    special = {prepare.EOT: 259, "<|im_end|>": 258}
+    prepare.save_tokenizer(prepare.make_encoding("own", ranks, prepare.DIGITS_PATTERN, special), llama)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(dict(text=f"{TEXT} {i}" * 3)) + "\n" for i in range(40)))
+
+    # as it is: the ids, the greedy tokens, and the end that its config.json names
+    flags = ["--temperature", "0", "--max-new-tokens", "20"]
+    sample.main([str(llama), "the text 12", *flags])
+    text = capsys.readouterr().out
+    model, enc, config = open_model(llama)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    ids = tokenizer("the text 12", return_tensors="pt").input_ids
+    assert ids[0].tolist() == enc.encode_ordinary("the text 12") and config["data"]["eos"] == 258
+    new = theirs.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=259)[0]
+    assert text.rstrip("\n") == enc.decode_bytes(new[new != 258].tolist()).decode("utf-8", "replace").rstrip("\n")
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
+    argv = ["prepare.py", tmp_path / "text.jsonl", "--out", tmp_path / "data", "--tokenizer", llama]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv), "--val-fraction", "0.3"])
+    prepare.main()
+    evaluation.main(
+        [str(llama), "--data", str(tmp_path / "data"), "--tokens", "96", "--html", str(tmp_path / "a.html")]
+    )
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])["causal"]["nll"]
+    rows = torch.from_numpy(prepare.Shards(tmp_path / "data", "val").blocks(48, 96))
+    expected = F.cross_entropy(theirs(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+    assert measured == pytest.approx(expected.item(), abs=1e-5)
+
+    # uptrained, exported, and elsewhere
+    argv = ["--init-from", llama, "--n-recursion", 2, "--router", "expert", "--data", tmp_path / "data", "--steps", 2]
+    argv += ["--out", tmp_path / "run", "--batch-tokens", 96, "--eval-tokens", 96, "--no-compile", "--dtype", "fp32"]
+    with torch.enable_grad():
+        train.main([*map(str, argv)])
+    checkpoint.export(str(tmp_path / "run"), mor)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    model, enc, _ = open_model(tmp_path / "run")
+    assert (model.config.router, model.config.n_recursion, model.config.n_layer) == ("expert", 2, 6)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(mor, trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(mor, trust_remote_code=True)
+    ids = tokenizer("the text 12", return_tensors="pt").input_ids
+    assert ids[0].tolist() == enc.encode_ordinary("the text 12")
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+    new = theirs.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=259)[0, ids.size(1) :]
+    assert new.tolist() == generate(model, ids.tolist(), 9, compile=False).tokens[0]
 
 
 def test_what_the_directory_says_of_itself(tmp_path, capsys):
     model = write_run(tmp_path / "run", **KINDS["expert"])
     checkpoint.export(str(tmp_path / "run"), tmp_path / "mor")
     card = (tmp_path / "mor" / "README.md").read_text()
-    assert "trust_remote_code" in card
+    assert card.count('"mor", trust_remote_code=True') == 2  # for the tokenizer too, or a question would be asked
     assert "6.7500 nats per token, 2.1250 bits" in card and "2.25 rec" in card and "8.25" not in card
     assert f"{model.num_params(embedding=True):,}" in card
     for file in (tmp_path / "mor").glob(
@@ -284,6 +352,32 @@ def test_what_the_directory_says_of_itself(tmp_path, capsys):
     assert not list((tmp_path / "unrolled").glob("*.py"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "unrolled")
     assert type(theirs).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "why, pattern",
+    [
+        ("a pattern that transformers cannot read", r"\p{scx=Greek}+|[^\s\p{scx=Greek}]+|\s"),
+        ("a set of characters that it reads otherwise", r"[\w--\d]+|\d|[^\w]"),
+        ("ids that it would not give", r"[a-z],$|[^\n]|\n"),  # for it, a line may end where $ is
+    ],
+)
+def test_a_tokenizer_that_transformers_lacks(why, pattern, tmp_path, capsys):
+    """Such a run is exported all the same, says so in one line, and is read here with its own ids."""
+    model = write_run(tmp_path / "run", **KINDS["expert"])
+    ranks = tmp_path / "run" / "own.tiktoken"
+    first = json.dumps(dict(pattern=pattern, special={prepare.EOT: 259}))
+    tokens = ranks.read_bytes().replace(base64.b64encode(b"the"), base64.b64encode(b"s,"))
+    ranks.write_bytes(f"#{first}\n".encode() + tokens)
+    own = prepare.load_tokenizer(ranks)
+    checkpoint.export(str(tmp_path / "run"), tmp_path / "mor")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[1].startswith("note: ") and "own.tiktoken" in said[1]
+    assert not list((tmp_path / "mor").glob("tokenizer*"))
+    assert "AutoTokenizer" not in (tmp_path / "mor" / "README.md").read_text()
+    again, enc, config = open_model(tmp_path / "mor")
+    assert again.config == model.config and config["data"]["eot"] == 259
+    assert enc.encode_ordinary(prepare.PROBE) == own.encode_ordinary(prepare.PROBE)
 
 
 def test_mistakes_of_an_export(tmp_path, capsys):

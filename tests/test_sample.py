@@ -408,6 +408,8 @@ def test_without_a_name_the_demo_is_sampled(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "out" / "demo").symlink_to(run)
     monkeypatch.chdir(tmp_path)
     assert text_of([], capsys) == text_of([run], capsys)
+    (tmp_path / "out" / "demo").unlink()
+    fails([], "make demo", capsys)
 
 
 @pytest.mark.parametrize("small", ["1e-40", "1e-300", "5e-324"])

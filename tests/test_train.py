@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -474,6 +475,73 @@ def test_nonfinite_updates_are_skipped_and_named(data, tmp_path, capfd, monkeypa
         assert all(torch.equal(there[k], after["optimizer"]["state"][name][k]) for k in there)
     train.main(flags(data, tmp_path, "--steps", 8, *common))  # and goes on once the cause is gone
     assert math.isfinite(losses(tmp_path)[8])
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (64, 160), (192, 64)])
+@pytest.mark.parametrize("rank", [2, 16])
+def test_orthogonalized_as_newton_schulz_says(shape, rank):
+    """Against the iterations on x in fp64, one matrix at a time; bf16 rounds less than there."""
+
+    def iterate(x):
+        x = x.mT if x.size(0) > x.size(1) else x
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return (x if x.shape == shape else x.mT).double()
+
+    g = torch.Generator().manual_seed(0)
+    low = torch.randn(3, shape[0], rank, generator=g) @ torch.randn(3, rank, shape[1], generator=g)
+    x = low + 0.1 * torch.randn(3, *shape, generator=g)  # few large singular values, as gradients have
+    exact = torch.stack([iterate(each) for each in x.double()])
+    assert relative(train.orthogonalize(x), exact) < 1e-4
+    rounded = torch.stack([iterate(each) for each in x.bfloat16()])
+    assert relative(train.orthogonalize(x.bfloat16()), exact) < relative(rounded, exact)
+
+
+def test_vocabulary_of_new_models_is_a_multiple_of_128(data, tmp_path):
+    """Data of 40 kinds of token. A run, or a plateau, from before that has 40 goes on with 40."""
+
+    def start(out, *more):
+        train.main([flag for flag in flags(data, tmp_path / out, *more) if flag not in ("--vocab-size", "40")])
+        return json.loads((tmp_path / out / "config.json").read_text())["model"]["vocab_size"]
+
+    steps = ("--steps", 2, "--warmup", 0, "--cooldown", 0)
+    assert start("new", *steps) == 128 and start("new", "--steps", 3, *steps[2:]) == 128
+    train.main(flags(data, tmp_path / "old", *steps))
+    assert start("old", "--steps", 3, *steps[2:]) == 40
+    plateau = tmp_path / "old" / "ckpt_000002.pt"
+    assert start("cool", "--steps", 1, "--cooldown-from", plateau) == 40
+    other = write_data(tmp_path / "data", vocab_size=256)
+    cfg = train.TrainConfig(data=str(other), out=str(tmp_path / "old"))
+    assert [train.choose_vocabulary(cfg, n) for n in (256, 128, 129, 50257)] == [256, 128, 256, 50304]
+    assert math.isfinite(losses(tmp_path / "new")[3])
+
+
+def test_micro_batches_fit_the_card(monkeypatch, capfd):
+    """By the plan: 18 bytes a parameter, and activations that grow with the micro-batch."""
+    config = MoRConfig.preset("360M", n_recursion=3, router="expert")
+    with torch.device("meta"):
+        P = train.MoR(config).num_params(embedding=True)
+    each = train.estimate_activations(config, 1, 2048)
+    cuda = torch.device("cuda")
+
+    def fit(room, size=1, **settings):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room / 0.9, room / 0.9))
+        cfg = train.TrainConfig(preset="360M", batch_tokens=2**21, **settings)
+        return train.fit_micro_batch(cfg, config, train.World(cuda, size=size))
+
+    monkeypatch.setattr(train.dist, "all_reduce", lambda *args: None)
+    assert fit(18 * P + 40.5 * each) == 32 and not capfd.readouterr().out
+    assert fit(18 * P + 5.5 * each) == 5
+    assert re.search(r"micro-batches of 5: 32 sequences at once need [\d.]+ GiB", capfd.readouterr().out)
+    assert fit(18 * P + 5.5 * each, checkpoint_recursions=True) > 5
+    assert fit(18 * P + 5.5 * each, size=8, parallel="fsdp") > 5
+    with pytest.raises(SystemExit):
+        fit(18 * P)
+    err = capfd.readouterr().err
+    assert err.startswith("error: a single sequence of 2048 tokens needs") and "--checkpoint-recursions" in err
+    assert train.fit_micro_batch(train.TrainConfig(), config, train.World(torch.device("cpu"))) == 32
 
 
 def test_muon_is_that_of_torch_and_adamw_elsewhere():
