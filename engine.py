@@ -486,7 +486,7 @@ class Engine:
 
 
 def list_lengths(max_len: int) -> list[int]:
-    """Returns the lengths that prompts are padded to: 64, 128, 192, 256, 384, 512, 768, 1024, 1536 and so on to max_len.
+    """Returns the lengths that prompts are padded to: 64, 128, 192, 256, 384, 512, 768, 1024 and so on, up to max_len.
     Few, so few graphs, and from 64 up a seventh of what is computed is padding."""
     lengths = [64]
     while lengths[-1] < max_len:
