@@ -1115,7 +1115,7 @@ def measure_serving(args: Namespace) -> dict[str, Any]:
     """Serves with every engine for windows of some seconds, in turns."""
     args.lengths = args.lengths or ([100, 1000] if args.device.startswith("cuda") else [10, 100])
     if args.lengths[0] > args.lengths[1]:
-        fail(f"--lengths {args.lengths}: give the smaller number first")
+        fail(f"--lengths {args.lengths[0]} {args.lengths[1]}: the smaller number comes first")
     args.rounds = args.rounds or (1 if args.prompts else 5)
     args.max_len = 2 * args.lengths[1] if args.prompts else args.new * 3 // 2
     if args.prompts:
@@ -1168,7 +1168,6 @@ def measure_serving(args: Namespace) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------------------
 # serve --prompts
 
-
 Load = list[tuple[list[int], int]]  # requests: a prompt, and how many tokens are to follow it
 
 
@@ -1216,8 +1215,8 @@ def serve_load_by_transformers(manager: Any, load: Load) -> dict[str, Any]:
 
 
 def start_transformers(model: nn.Module, width: int, args: Namespace, stack: ExitStack) -> tuple[Any, int]:
-    """Returns transformers' continuous batching, and the bytes of its K/V: what generate_batch runs, which itself knows
-    only one output length for all. It has as many residents as vanilla's engine and as many tokens of prompts a step."""
+    """Returns transformers' continuous batching, and the bytes of its K/V. It is what generate_batch runs, which itself
+    knows only one output length for all. Residents, and tokens of prompts per step, are those of vanilla's engine."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     c = model.config
@@ -1297,10 +1296,8 @@ def measure_mixed_load(args: Namespace) -> dict[str, Any]:
         row["between_median"], row["between_99"] = row.pop("between")
         rows.append(row)
     low, high = args.lengths
-    print(
-        f"{args.dtype}, {args.prompts} requests at once, prompts and outputs of {low} to {high} tokens, all time counted,"
-    )
-    print(f"in {args.rounds} rounds, interleaved; ratios are to vanilla; s to the first token, ms from one to the next")
+    print(f"{args.dtype}, {args.prompts} requests at once, prompts and outputs {low} to {high} tokens; all time counted,")
+    print(f"{args.rounds} rounds, interleaved; ratios to vanilla; s to the first token, ms from each to the next")
     print_table(
         rows,
         "variant=name|layers=layers|turn=turn_width:d|block=width:d|residents=slots:d|KV MiB=kv_bytes:.1f/1048576|"
