@@ -1296,8 +1296,8 @@ def measure_mixed_load(args: Namespace) -> dict[str, Any]:
         row["between_median"], row["between_99"] = row.pop("between")
         rows.append(row)
     low, high = args.lengths
-    print(f"{args.dtype}, {args.prompts} requests at once, prompts and outputs {low} to {high} tokens; all time counted,")
-    print(f"{args.rounds} rounds, interleaved; ratios to vanilla; s to the first token, ms from each to the next")
+    print(f"{args.dtype}, {args.prompts} requests at once, prompts and outputs of {low} to {high} tokens; all time")
+    print(f"counted; {args.rounds} rounds, interleaved; ratios to vanilla; s to the first token, ms between tokens")
     print_table(
         rows,
         "variant=name|layers=layers|turn=turn_width:d|block=width:d|residents=slots:d|KV MiB=kv_bytes:.1f/1048576|"

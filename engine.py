@@ -121,8 +121,7 @@ class Engine:
             raise ValueError(f"sharing={c.sharing!r} has no block that recursions share: use a cycle sharing")
         turn_width = width if turn_width is None else turn_width
         if min(slots, width, turn_width, prefill_tokens) < 1:
-            sizes = f"slots={slots}, width={width}, turn_width={turn_width} and prefill_tokens={prefill_tokens}"
-            raise ValueError(f"{sizes} must be positive")
+            raise ValueError(f"{slots=}, {width=}, {turn_width=} and {prefill_tokens=} must be positive")
         self.model = model.eval()
         self.slots, self.width, self.turn_width = slots, width, turn_width
         self.cache = model.make_cache(slots + 1, max_len, slack, threshold, max_depth)
@@ -234,9 +233,7 @@ class Engine:
         """Compiles every stage, so that none is in mid-service. longest_prompt: tokens (None: what fits max_len).
         filtered: for greedy requests (None), drawn ones (False), and those with top-k or top-p (True)."""
         body = (longest_prompt or self.cache.max_len) - 1
-        last = self.find_length(body)
-        if self.is_tight(last):
-            last = self.find_length(body, roomy=True)
+        last = self.find_length(body, roomy=self.is_tight(self.find_length(body)))
         for _ in range(2):  # on CUDA the second call records
             for kind in filtered:
                 self.launch_turn([], kind)
@@ -311,9 +308,8 @@ class Engine:
             for request in batch:
                 self.waiting.remove(request)
                 self.take_seat(request)
-            body = len(batch[0].prompt) - 1
-            if body:
-                R = 1 if len(batch) == 1 else PROMPTS_AT_ONCE
+            R = 1 if len(batch) == 1 else PROMPTS_AT_ONCE
+            if body := len(batch[0].prompt) - 1:
                 self.launch_prefill(batch, self.find_length(body), R)
             else:
                 self.leaving += batch
@@ -325,11 +321,8 @@ class Engine:
         P = self.find_length(body)
         if not body or not self.fits_many(P):
             return [first]
-        alike = []
-        for request in islice(self.waiting, len(self.free)):
-            n = len(request.prompt) - 1
-            if n and self.find_length(n) == P:
-                alike.append(request)
+        seated = [r for r in islice(self.waiting, len(self.free)) if len(r.prompt) > 1]
+        alike = [r for r in seated if self.find_length(len(r.prompt) - 1) == P]
         # lanes without a prompt take as long as those with one
         return alike[:PROMPTS_AT_ONCE] if len(alike) >= PROMPTS_AT_ONCE / 2 else [first]
 
@@ -367,7 +360,7 @@ class Engine:
                 self.launch_prefill([request], self.find_length(body, roomy=True), 1)
             else:
                 request.depth += depth[:body]
-                self.leaving.append(request)
+                self.queue(request, more=False)
 
     # ---- the loop
 
@@ -443,13 +436,18 @@ class Engine:
                 request.depth.append(depth)
                 request.overflow = overflow
                 self.take_token(request, token)
-            if request.status != "running":  # over, or cancelled
-                continue
-            if more:
-                request.recursion = 1
-                self.inside.append(request)
-            else:
-                self.leaving.append(request)
+            request.recursion = 0
+            self.queue(request, more)
+
+    def queue(self, request: Request, more: bool) -> None:
+        """Lets a request wait for the block if it runs one recursion more, else for a turn, unless it is over."""
+        if request.status != "running":
+            return
+        if more:
+            request.recursion += 1
+            self.inside.append(request)
+        else:
+            self.leaving.append(request)
 
     def take_token(self, request: Request, token: int) -> None:
         """Takes in a sampled token, which may be the request's last."""
@@ -476,13 +474,7 @@ class Engine:
 
     def take_block(self, requests: list[Request], result: list[bool]) -> None:
         for request, more in zip(requests, result, strict=False):
-            if request.status != "running":
-                continue
-            if more:
-                request.recursion += 1
-                self.inside.append(request)
-            else:
-                self.leaving.append(request)
+            self.queue(request, more)
 
 
 def list_lengths(max_len: int) -> list[int]:
@@ -490,8 +482,8 @@ def list_lengths(max_len: int) -> list[int]:
     Few, so few graphs, and from 64 up a seventh of what is computed is padding."""
     lengths = [64]
     while lengths[-1] < max_len:
-        power = 1 << lengths[-1].bit_length() - 1
-        lengths.append(lengths[-1] + max(64, power // 2))
+        half = 1 << lengths[-1].bit_length() - 2  # of the power of two below
+        lengths.append(lengths[-1] + max(64, half))
     return [*lengths[:-1], max_len]
 
 
