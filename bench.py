@@ -12,6 +12,7 @@ Measures what a Mixture-of-Recursions costs and how fast it is, beside its basel
     python bench.py serve                             # continuous depth-wise batching against vanilla's, untrained
     python bench.py serve --run out/NAME              # the same by what a checkpoint's routers decide
     python bench.py serve vanilla expert-3 --widths 8 16 32 64 --no-equal-memory       # tokens/s against width
+    python bench.py serve vanilla expert-3 share-3 --prompts 256   # a mixed load with prompts, and how long users wait
     python bench.py launches vanilla expert-3 --preset 360M --layers 0 --vocab 0   # kernels per stage of a GPU, counted
     python bench.py plot results/*.json -o results.png
 
@@ -41,6 +42,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import get_context
@@ -213,9 +215,9 @@ def count_block_params(model: MoR) -> int:
 
 
 def make_engine(model: MoR, slots: int, width: int, turn_width: int, args: Namespace) -> Engine:
-    """Returns an engine for `slots` resident requests of up to 1.5 times the average length."""
+    """Returns an engine for `slots` resident requests of up to args.max_len tokens."""
     options = dict(turn_width=turn_width, slack=args.slack, compile=args.compile, freeze=True)
-    return Engine(model, slots, width, args.new * 3 // 2, **options)
+    return Engine(model, slots, width, args.max_len, **options)
 
 
 def count_waiting(engine: Engine) -> int:
@@ -944,13 +946,15 @@ def compare_tokens(rounds: list[dict], base: list[dict]) -> float:
 def load_serving_models(args: Namespace) -> tuple[dict[str, MoR], int]:
     """Returns models by name, the vanilla one first, and the token that an empty prompt becomes."""
     dtype = DTYPES[args.dtype]
-    T = args.new * 3 // 2
+    T = args.max_len
     if args.run:
         model, meta, _ = load_run(args.run, args.device, dtype)
         c = model.config
         if c.block_size < T:
-            remedy = c.block_size * 2 // 3
-            fail(f"--run {args.run} has a context of {c.block_size} tokens: give --new {remedy} or less")
+            remedy = f"--new {c.block_size * 2 // 3} or less"
+            if args.prompts:
+                remedy = f"--lengths of at most {c.block_size // 2}"
+            fail(f"--run {args.run} has a context of {c.block_size} tokens: give {remedy}")
         sizes = "vocab_size block_size n_layer n_head n_kv_head d_model d_ff".split()
         vanilla = MoR(MoRConfig(**{name: getattr(c, name) for name in sizes}))
         return {"vanilla": vanilla.to(args.device, dtype).eval(), Path(args.run).name: model}, meta["eot"]
@@ -1027,7 +1031,7 @@ def make_services(models: dict[str, MoR], eot: int, args: Namespace) -> dict[tup
                 continue
             routed = Service(model, 2 * width - 1, width, width, eot, args)
             services[width, name] = routed
-            if args.equal_memory:
+            if args.equal_memory and not args.prompts:
                 vanilla = services[width, "vanilla"]
                 per_resident = measure_kv_bytes(routed.engine) // routed.slots
                 slots = measure_kv_bytes(vanilla.engine) // per_resident
@@ -1111,6 +1115,13 @@ def summarize_serving(name: str, service: Service, vanilla: dict | None) -> dict
 
 def measure_serving(args: Namespace) -> dict[str, Any]:
     """Serves with every engine for windows of some seconds, in turns."""
+    args.lengths = args.lengths or ([100, 1000] if args.device.startswith("cuda") else [10, 100])
+    if args.lengths[0] > args.lengths[1]:
+        fail(f"--lengths {args.lengths[0]} {args.lengths[1]}: the smaller number comes first")
+    args.rounds = args.rounds or (1 if args.prompts else 5)
+    args.max_len = 2 * args.lengths[1] if args.prompts else args.new * 3 // 2
+    if args.prompts:
+        return measure_mixed_load(args)
     facts = describe_run(args)
     routing = "trained" if args.run else "balanced"
 
@@ -1151,6 +1162,154 @@ def measure_serving(args: Namespace) -> dict[str, Any]:
     return dict(
         about=facts,
         routing=routing,
+        rows=rows,
+        warnings=find_disturbances(facts, {f"{row['name']} at {row['at']}": row["spread"] for row in rows}),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# serve --prompts
+
+Load = list[tuple[list[int], int]]  # requests: a prompt, and how many tokens are to follow it
+
+
+def make_load(c: MoRConfig, args: Namespace) -> Load:
+    """Returns random prompts and output lengths, both evenly distributed over args.lengths."""
+    rng = random.Random(0)
+    load = []
+    for _ in range(args.prompts):
+        prompt = [rng.randrange(c.vocab_size) for _ in range(rng.randint(*args.lengths))]
+        load.append((prompt, rng.randint(*args.lengths)))
+    return load
+
+
+def serve_load(engine: Engine, load: Load) -> dict[str, Any]:
+    """Asks for everything at once -> the seconds it took, when each token of each request came, and the share of the
+    time that prompts took. Tokens are drawn, for the reason that Service has."""
+    take_history(engine)
+    times = [[] for _ in load]
+    start = time.perf_counter()
+    for i, (prompt, new) in enumerate(load):
+
+        def note_time(request, token, i=i):
+            times[i].append(time.perf_counter() - start)
+
+        engine.submit(prompt, new, temperature=1.0, seed=i, on_token=note_time)
+    engine.run()
+    seconds = time.perf_counter() - start
+    prefill = sum(stage["seconds"] for stage in take_history(engine) if stage["stage"] == "prefill")
+    return dict(seconds=seconds, times=times, prefill=prefill / seconds)
+
+
+def serve_load_by_transformers(manager: Any, load: Load) -> dict[str, Any]:
+    """Returns what serve_load does, but for the prompts' share."""
+    start = time.perf_counter()
+    for prompt, new in load:
+        manager.add_request(prompt, max_new_tokens=new, record_timestamps=True)
+    times = []
+    while len(times) < len(load):
+        answer = manager.get_result(timeout=1)
+        if answer is not None and answer.is_finished():
+            times.append([t - start for t in answer.timestamps])
+        elif not manager.is_running():
+            fail("transformers' continuous batching has stopped: --no-llama goes without it")
+    return dict(seconds=time.perf_counter() - start, times=times)
+
+
+def start_transformers(model: nn.Module, width: int, args: Namespace, stack: ExitStack) -> tuple[Any, int]:
+    """Returns transformers' continuous batching, and the bytes of its K/V. It is what generate_batch runs, which itself
+    knows only one output length for all. Residents, and tokens of prompts per step, are those of vanilla's engine."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    c = model.config
+    page = 32  # tokens
+    pages = width * math.ceil(args.max_len / page)
+    config = ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=pages,
+        max_batch_tokens=width + 512,
+        max_requests_per_batch=width,
+        allow_block_sharing=False,
+    )
+    drawn = GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
+    manager = stack.enter_context(model.continuous_batching_context_manager(drawn, continuous_batching_config=config))
+    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+    return manager, pages * page * per_token
+
+
+def make_load_cases(models: dict[str, MoR], eot: int, args: Namespace, stack: ExitStack) -> tuple[dict, dict]:
+    """Returns, by width and name, a call that serves a load, and what is to be known of it. Everything is compiled."""
+    cases, known = {}, {}
+    for case, service in make_services(models, eot, args).items():
+        engine = service.engine
+        seconds = sum(time_stages([lambda engine=engine: engine.warm_up(args.lengths[1], (False,))], engine.device))
+        print(f"{case[1]}, width {case[0]}: warm after {seconds:.0f} s", file=sys.stderr, flush=True)
+        known[case] = dict(
+            layers=describe_layers(service.model.config),
+            slots=service.slots,
+            turn_width=service.turn_width,
+            width=service.width if service.model.config.router != "none" else None,
+            kv_bytes=measure_kv_bytes(engine),
+            warmup=seconds,
+        )
+        cases[case] = partial(serve_load, engine)
+    if args.llama:
+        llama = make_llama(models["vanilla"].config).to(args.device, DTYPES[args.dtype]).eval()
+        for width in args.widths:
+            manager, kv_bytes = start_transformers(llama, width, args, stack)
+            known[width, "transformers"] = dict(slots=width, turn_width=width, kv_bytes=kv_bytes)
+            cases[width, "transformers"] = partial(serve_load_by_transformers, manager)
+    return cases, known
+
+
+def summarize_load(rounds: list[dict], base: list[dict]) -> dict[str, Any]:
+    """Returns the speed of a case, and how long its users waited for a first and for each further token."""
+    seconds = pick(rounds, "seconds")
+    requests = [times for r in rounds for times in r["times"]]
+    first = torch.tensor([times[0] for times in requests])
+    gaps = torch.tensor([after - before for times in requests for before, after in pairwise(times)])
+    return dict(
+        tokens_per_second=sum(map(len, rounds[0]["times"])) / median(seconds),
+        spread=measure_spread(seconds),
+        ratio=compare_rounds(pick(base, "seconds"), seconds),
+        first=first.quantile(torch.tensor([0.5, 0.99])).tolist(),
+        between=gaps.quantile(torch.tensor([0.5, 0.99])).tolist(),
+        prefill=mean(pick(rounds, "prefill")) if "prefill" in rounds[0] else None,
+    )
+
+
+def measure_mixed_load(args: Namespace) -> dict[str, Any]:
+    """Serves the same requests, all asked at once, by every engine and by transformers, in turns."""
+    facts = describe_run(args)
+    args.variants = args.variants or ["vanilla", "expert-3", "share-3"]
+    models, eot = load_serving_models(args)
+    load = make_load(models["vanilla"].config, args)
+    with ExitStack() as stack:
+        cases, known = make_load_cases(models, eot, args, stack)
+        for case in cases.values():  # the first requests find everything cold
+            case(load[: 2 * max(args.widths)])
+        results = interleave({case: lambda run=run: run(load) for case, run in cases.items()}, args.rounds)
+
+    rows = []
+    for (width, name), rounds in results.items():
+        row = dict(name=name, at=width) | known[width, name]
+        row |= summarize_load(rounds, results[width, "vanilla"])
+        row["first_median"], row["first_99"] = row.pop("first")
+        row["between_median"], row["between_99"] = row.pop("between")
+        rows.append(row)
+    low, high = args.lengths
+    print(f"{args.dtype}, {args.prompts} requests at once, prompts and outputs of {low} to {high} tokens; all time")
+    print(f"counted; {args.rounds} rounds, interleaved; ratios to vanilla; s to the first token, ms between tokens")
+    print_table(
+        rows,
+        "variant=name|layers=layers|turn=turn_width:d|block=width:d|residents=slots:d|KV MiB=kv_bytes:.1f/1048576|"
+        "tok/s=tokens_per_second:,.0f|spread=spread:.0%|ratio=ratio:.2f|first s=first_median:.2f|99%=first_99:.2f|"
+        "between ms=between_median:.1f/1e-3|99%=between_99:.1f/1e-3|prompts' time=prefill:.0%|warm-up s=warmup:.0f",
+    )
+    return dict(
+        about=facts,
+        routing="trained" if args.run else "balanced",
+        lengths=args.lengths,
         rows=rows,
         warnings=find_disturbances(facts, {f"{row['name']} at {row['at']}": row["spread"] for row in rows}),
     )
@@ -1385,7 +1544,7 @@ TINY = {  # what --quick changes of a command's flags
     "cost": {},
     "train": dict(batch=2, seq=64, rounds=2),
     "decode": dict(batch=[2], prompt=12, new=8, rounds=2),
-    "serve": dict(new=16, rounds=2, seconds=1.0),
+    "serve": dict(new=16, rounds=2, seconds=1.0, lengths=[2, 8]),
     "launches": dict(width=4, new=16),
 }
 
@@ -1446,6 +1605,16 @@ def build_parser() -> Parser:
     serve.add_argument("--new", type=int, default=256, help="tokens per request, on average (default 256)")
     serve.add_argument("--slack", type=float, default=1.0, help="cache slots relative to capacity (default 1)")
     serve.add_argument("--seconds", type=float, default=4.0, help="length of a window (default 4)")
+    serve.add_argument("--prompts", type=int, metavar="N", help="N requests with prompts instead of windows of a load")
+    serve.add_argument(
+        "--lengths",
+        type=int,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="tokens of their prompts, and of what follows (default: 100 1000 on a GPU, 10 100 on a CPU)",
+    )
+    serve.set_defaults(rounds=None)  # 5, or 1 with --prompts
+    add_switch(serve, "llama", "with --prompts, compare with transformers")
     add_switch(serve, "compile", "compile the stages")
     add_switch(serve, "equal-memory", "also as many slots as fit in the K/V memory of vanilla's")
 
@@ -1472,8 +1641,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "plot":
         return plot(args)
     args.argv = argv or sys.argv[1:]
-    for name in ("batch", "seq", "prompt", "new", "rounds", "devices", "widths", "width"):
-        value = getattr(args, name, 1)
+    for name in ("batch", "seq", "prompt", "new", "rounds", "devices", "widths", "width", "prompts", "lengths"):
+        value = getattr(args, name, None)
+        if value is None:
+            continue
         smallest = min(value) if isinstance(value, list) else value
         if smallest < 1:
             fail(f"--{name} {value} must be at least 1")

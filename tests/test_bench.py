@@ -6,12 +6,14 @@ import shlex
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 from conftest import ROOT
 
 import bench
+from engine import Engine
 from model import MoR, MoRConfig
 
 ABOUT = {"commit", "machine", "torch", "device", "dtype", "threads", "command", "load"}
@@ -158,6 +160,41 @@ def test_quick_serve(tmp_path, capsys):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_quick_serve_of_a_mixed_load(capsys):
+    pytest.importorskip("transformers")
+    result, _ = run(capsys, "serve", "share-2", "--quick", "--no-compile", "--prompts", "12")
+    check_schema(result, "serve")
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["vanilla", "share-2", "transformers"] and result["lengths"] == [2, 8]
+    assert [row["slots"] for row in rows.values()] == [4, 7, 4] and rows["vanilla"]["ratio"] == 1
+    per_row = 2 * 16 * 32 * 2  # K and V, tokens, width, bf16: times the layers that keep them
+    assert rows["vanilla"]["kv_bytes"] == 4 * 4 * per_row and rows["share-2"]["kv_bytes"] == 7 * 3 * per_row
+    assert rows["transformers"]["kv_bytes"] == 4 * 4 * per_row * 2  # pages of 32 tokens
+    for row in rows.values():
+        assert 0 < row["between_median"] <= row["between_99"] and 0 < row["first_median"] <= row["first_99"]
+        assert row["tokens_per_second"] > 0 and 0 < (row["prefill"] or 0.5) < 1
+        # four residents at a time, so the last of twelve waits for two others
+        assert row["first_99"] > 2 * row["between_median"]
+
+
+def test_a_mixed_load_is_the_same_for_all_and_times_every_token():
+    args = Namespace(prompts=40, lengths=[3, 9])
+    load = bench.make_load(MoRConfig(**bench.QUICK, block_size=18), args)
+    assert load == bench.make_load(MoRConfig(**bench.QUICK, block_size=18), args)
+    for lengths in ([len(prompt) for prompt, _ in load], [new for _, new in load]):
+        assert (min(lengths), max(lengths)) == (3, 9)
+    engine = Engine(MoR(MoRConfig(**bench.QUICK, block_size=18)), 4, 4, 18, compile=False)
+    out = bench.serve_load(engine, load)
+    assert [len(times) for times in out["times"]] == [new for _, new in load]
+    assert all(times == sorted(times) and times[-1] <= out["seconds"] for times in out["times"])
+    row = bench.summarize_load([out, out | dict(seconds=out["seconds"] * 3)], [out, out])
+    total = sum(new for _, new in load)
+    assert row["tokens_per_second"] == pytest.approx(total / (2 * out["seconds"]))
+    assert row["ratio"] == pytest.approx((1 + 1 / 3) / 2)
+    firsts = sorted(times[0] for times in out["times"])
+    assert firsts[19] <= row["first"][0] <= firsts[20] and firsts[38] <= row["first"][1] <= firsts[39]
+
+
 def test_quick_cost_and_plot(tmp_path, capsys):
     files = [str(tmp_path / f"{name}.json") for name in ("cost", "capacity")]
     assert run(capsys, "cost", "--quick", "--json", files[0])[0]["rows"][0]["preset"] == "nano"
@@ -259,6 +296,9 @@ def test_depth_grows_as_the_papers():
     (["plot", "/nowhere.json", "-o", "a.png"], "cannot read /nowhere.json"),
     (["plot", __file__, "-o", "a.png"], "does not end with a line of JSON from bench.py"),
     (["plot", "a.json", "-o", "a.pdf"], "must be a .png file"),
+    (["serve", "--prompts", "0"], "--prompts 0 must be at least 1"),
+    (["serve", "--prompts", "9", "--lengths", "0", "5"], "--lengths [0, 5] must be at least 1"),
+    (["serve", "--prompts", "9", "--lengths", "9", "5"], "--lengths 9 5: the smaller number comes first"),
     (["fly"], "invalid choice: 'fly'"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(argv, said, capsys):
