@@ -107,20 +107,18 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 def multiply_few(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Returns what linear does for few rows, as products and sums.
+    """Returns what linear does, for few rows, as products and sums.
 
     Inductor turns them into plain loops over the weights, one kernel with all that happens between them: faster than a
-    call per product, which waits for memory each time. Times are those of the matrices of a layer of D = 576, bf16 and
-    int8, on one core of Zen 4; they took 500 and 560 us as one sum over products with x."""
+    call per product, which waits for memory each time. The times below are of the four products of a layer of D = 576
+    on one core of Zen 4, weights in bf16 and int8."""
     y = x.float().flatten(0, -2)
-    # Stored, not computed again with its norm for each output (325 us in int8, not 260), and in fp32, as loops with
-    # bf16 in them load 32 weights at a time, for which int8 has no fast conversion.
+    # Stored, not computed again with its norm for each output (int8: 260 us, not 325), and in fp32, as loops with bf16
+    # in them load 32 weights at a time, which is slow for int8.
     y = y.as_strided(y.shape, y.stride())
-    if (
-        scale is not None
-    ):  # the cast that freezing leaves in the graph; any other it replaces by weights four times as large
+    if scale is not None:  # a cast that freezing leaves in the graph: others become weights four times as large
         weight = torch.ops.quantized_decomposed.dequantize_per_tensor(weight, 1.0, 0, -128, 127, torch.int8)
-    # Several outputs at a time: memory is read in as many places at once (385 and 260 us, not 420 and 300).
+    # Several outputs at a time: memory is read in as many places at once (385 and 260 us, not 500 and 305).
     parts = weight.chunk(4 if len(y) == 1 else 2)
     rows = []
     for row in y:  # each weight is loaded once for all rows

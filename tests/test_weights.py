@@ -177,7 +177,7 @@ def test_int8_models_decode_their_own_forward(variant):
     a, b = full_logits(model, PROMPTS[1]), full_logits(small, PROMPTS[1])
     assert 0 < (a - b).norm() / a.norm() < 0.2
     # what a decoder and an engine say is what the forward of the int8 model says
-    out = generate(model, PROMPTS, 6, quantize="int8", compile=False)
+    out = generate(model, PROMPTS, 6, quantize="int8", compile=False, slack=3.0)
     for prompt, tokens in zip(PROMPTS, out.tokens, strict=True):
         logits = full_logits(small, prompt + tokens)[len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == tokens
@@ -185,16 +185,16 @@ def test_int8_models_decode_their_own_forward(variant):
     requests = [engine.submit(p, 6) for p in PROMPTS]
     engine.run()
     assert [r.tokens for r in requests] == out.tokens
-    assert model.generate(PROMPTS, 6, quantize="int8") == out.tokens
+    assert model.generate(PROMPTS, 6, quantize="int8", slack=3.0) == out.tokens
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-def test_compiled_int8_decoding(freeze, compiler):
-    model = make_model(tiny(n_layer=4, n_recursion=2, router="expert")).eval()
-    eager = generate(model, PROMPTS[:1], 6, quantize="int8", compile=False)
-    decoder = Decoder(model, 1, 24, quantize="int8", freeze=freeze)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_compiled_int8_decoding(rows, compiler):
+    model = make_model(tiny(n_layer=2, n_recursion=2, router="expert", sharing="cycle")).eval()
+    eager = generate(model, PROMPTS[:rows], 6, quantize="int8", compile=False)
+    decoder = Decoder(model, rows, 16, quantize="int8", freeze=True, early_exit=False)
     for _ in range(2):
-        out = generate(decoder.model, PROMPTS[:1], 6, decoder=decoder)
+        out = generate(decoder.model, PROMPTS[:rows], 6, decoder=decoder)
         assert out.tokens == eager.tokens and out.depth == eager.depth
 
 
