@@ -9,6 +9,7 @@ Measures what a Mixture-of-Recursions costs and how fast it is, beside its basel
     python bench.py train --sweep capacity --seq 1024 --batch 4   # does time follow FLOPs? also --sweep T, --sweep N
     python bench.py decode --batch 1 8                # cached decoding, against transformers' Llama where installed
     python bench.py decode expert-3 --ablate --no-llama --no-uncached   # what fused attention, packing, exits are worth
+    python bench.py decode vanilla --int8 --llama-cpp FILE.gguf --layers 0 --vocab 0   # the sizes of SmolLM2-135M
     python bench.py serve                             # continuous depth-wise batching against vanilla's, untrained
     python bench.py serve --run out/NAME              # the same by what a checkpoint's routers decide
     python bench.py serve vanilla expert-3 --widths 8 16 32 64 --no-equal-memory       # tokens/s against width
@@ -51,6 +52,7 @@ from statistics import mean, median
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch._dynamo
 import torch.nn.functional as F
@@ -831,6 +833,56 @@ def make_llama_case(model: nn.Module, batches: Tensor, args: Namespace, compiled
     return run_case
 
 
+def make_llama_cpp_case(file: Path, batches: Tensor, args: Namespace) -> Callable[[], dict]:
+    """Returns a call of llama.cpp for the first prompt of a batch, with as many threads as torch has."""
+    import llama_cpp as cpp
+
+    threads = torch.get_num_threads()
+    length = batches.size(2) + args.new
+    options = dict(n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False)
+    model = cpp.Llama(str(file), **options)
+    context, vocab_size = model.ctx, model.n_vocab()
+    turns = iter(batches[:, 0].tolist())
+
+    def feed(tokens: list[int]) -> int:
+        batch = cpp.llama_batch_get_one((cpp.llama_token * len(tokens))(*tokens), len(tokens))
+        assert cpp.llama_decode(context, batch) == 0
+        logits = cpp.llama_get_logits_ith(context, -1)
+        return int(np.ctypeslib.as_array(logits, (vocab_size,)).argmax())
+
+    def run_case():
+        cpp.llama_memory_clear(cpp.llama_get_memory(context), True)
+        marks = [time.perf_counter()]
+        tokens = [feed(next(turns))]
+        marks.append(time.perf_counter())
+        for _ in range(args.new):  # as ours, whose last step only tells a depth
+            tokens.append(feed(tokens[-1:]))
+        marks.append(time.perf_counter())
+        prefill, seconds = (end - start for start, end in pairwise(marks))
+        return dict(tokens=[tokens[: args.new]], seconds=prefill + seconds, prefill=prefill, step=seconds / args.new)
+
+    return run_case
+
+
+def make_llama_cpp_cases(file: str, batches: Tensor, args: Namespace) -> dict[str, Callable[[], dict]]:
+    """Returns the calls for a GGUF file, whose weights llama.cpp itself makes bf16 and Q8_0."""
+    try:
+        import llama_cpp as cpp
+    except ImportError:
+        fail("--llama-cpp needs the package llama-cpp-python: pip install it")
+    settings = cpp.llama_model_quantize_default_params()
+    settings.allow_requantize = True
+    cases = {}
+    for name, kind in (("bf16", cpp.LLAMA_FTYPE_MOSTLY_BF16), ("Q8_0", cpp.LLAMA_FTYPE_MOSTLY_Q8_0)):
+        settings.ftype = kind
+        with tempfile.TemporaryDirectory() as directory:  # what is loaded stays readable without it
+            made = Path(directory, "model.gguf")
+            if cpp.llama_model_quantize(file.encode(), str(made).encode(), settings) != 0:
+                fail(f"--llama-cpp {file}: llama.cpp cannot read it, or not write {made}")
+            cases[f"llama.cpp, {name}"] = make_llama_cpp_case(made, batches, args)
+    return cases
+
+
 def make_decoding_cases(
     models: dict[str, MoR], theirs: nn.Module | None, B: int, args: Namespace
 ) -> dict[str, Callable[[], dict]]:
@@ -839,7 +891,11 @@ def make_decoding_cases(
     config = models[first].config
     # other prompts each round (two warm up), or routing's depths would be those of one text
     batches = torch.randint(config.vocab_size, (args.rounds + 2, B, args.prompt))
-    cases = {name: make_our_case(model, batches, args) for name, model in models.items()}
+    cases = {}
+    for name, model in models.items():
+        cases[name] = make_our_case(model, batches, args)
+        if args.int8:
+            cases[f"{name}, int8"] = make_our_case(model, batches, args, quantize="int8")
 
     # the first without each of the things that make it fast
     if args.ablate:
@@ -855,6 +911,8 @@ def make_decoding_cases(
     # what it is compared with
     if args.uncached:
         cases[f"{first}, uncached"] = make_uncached_case(models[first], batches, args)
+    if args.llama_cpp and B == 1:
+        cases |= make_llama_cpp_cases(args.llama_cpp, batches, args)
     if theirs is not None:
         cases["transformers"] = make_llama_case(theirs, batches, args, compiled=False)
         if args.compile:
@@ -894,7 +952,7 @@ def measure_decoding(args: Namespace) -> dict[str, Any]:
             variant = name.split(",")[0]
             if variant in (names[0], "transformers"):
                 row["same_tokens"] = compare_tokens(results[name], results[names[0]])
-            elif B == 1:
+            elif B == 1 and variant in flops:
                 row["bound"] = flops[names[0]] / flops[variant]
             rows.append(row)
 
@@ -1595,6 +1653,8 @@ def build_parser() -> Parser:
     decode.add_argument(
         "--ablate", action="store_true", help="also the first without what makes it fast, piece by piece"
     )
+    decode.add_argument("--int8", action="store_true", help="also every variant with int8 weights")
+    decode.add_argument("--llama-cpp", metavar="FILE.gguf", help="also llama.cpp at batch 1, in bf16 and Q8_0")
     add_switch(decode, "compile", "compile, ours and theirs")
     add_switch(decode, "llama", "compare with transformers")
     add_switch(decode, "uncached", "also a full forward per token")

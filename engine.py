@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from cache import KVCache
-from generate import Graphs, copy_to_host, sample_token, setting_errors
+from generate import Graphs, copy_to_host, prepare_weights, sample_token, setting_errors
 from model import OF_ONE_STAGE, MoR, State
 
 PROMPTS_AT_ONCE = 4  # short prompts that share a prefill: more would seldom come together, and each takes a cache row
@@ -115,6 +115,8 @@ class Engine:
         max_depth: int | None = None,
         compile: bool = True,
         freeze: bool = False,
+        quantize: str | None = None,
+        vocab_size: int | None = None,
     ):
         c = model.config
         if "sequence" in c.sharing:
@@ -122,7 +124,8 @@ class Engine:
         turn_width = width if turn_width is None else turn_width
         if min(slots, width, turn_width, prefill_tokens) < 1:
             raise ValueError(f"{slots=}, {width=}, {turn_width=} and {prefill_tokens=} must be positive")
-        self.model = model.eval()
+        model = self.model = prepare_weights(model.eval(), quantize)
+        self.vocab_size = vocab_size
         self.slots, self.width, self.turn_width = slots, width, turn_width
         self.cache = model.make_cache(slots + 1, max_len, slack, threshold, max_depth)
         assert_windows_lie_inside(self.cache)
@@ -207,7 +210,7 @@ class Engine:
         logits = model.decode_leave(s, p)
         left, overflow = s.depth[:, 0], cache.overflow[row]
         knobs = {name: rows[row] for name, rows in self.knobs.items()}
-        sampled = sample_token(logits, knobs, cache.position[row], filtered)
+        sampled = sample_token(logits[:, : self.vocab_size], knobs, cache.position[row], filtered)
         token = torch.where(given < 0, sampled, given)
 
         p = model.decode_pass(torch.where(real, token, -1), cache)

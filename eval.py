@@ -59,7 +59,7 @@ from tqdm import tqdm
 import prepare
 from checkpoint import find_home, open_model
 from cli import Parser, fail, open_device
-from generate import Decoder, generate
+from generate import Decoder, generate, prepare_weights
 from model import MoR, MoRConfig
 from prepare import Shards, encode, load_meta, load_tokenizer, read_text, whole
 from sample import check_writable
@@ -247,6 +247,18 @@ def scale(model: MoR, rows: np.ndarray, eot: int | None, knobs: dict, causal: Me
     return found
 
 
+def compare_decisions(exact: MoR, quantized: MoR, rows: np.ndarray, knobs: dict) -> dict:
+    """Returns how many nats per token the quantized model is worse, and for each recursion the share of tokens that one
+    of the two sends into it and the other does not, of those that both may send."""
+    a = measure(exact, rows, "causal", **knobs)
+    b = measure(quantized, rows, "causal", **knobs)
+    flips = []
+    for r in range(exact.config.n_recursion):
+        both = (a.depth >= r) & (b.depth >= r)
+        flips.append(float(((a.depth > r) != (b.depth > r))[both].mean()))
+    return dict(nats=float(b.nll.mean(dtype=float) - a.nll.mean(dtype=float)), flips=flips)
+
+
 def measure_paper(model: MoR, shards: Shards, knobs: dict, sequences: int = 500, length: int = 2048) -> dict:
     """Returns NLL by the paper's protocol: the first `sequences` of `length` tokens, or of the model's context.
 
@@ -366,7 +378,8 @@ def draw_scaling(c: MoRConfig, report: dict, file: Path) -> None:
 
 def print_report(report: dict) -> None:
     """Prints the report for people."""
-    rows = [(name, report[name]) for name in ("causal", "topk", "router", "paper") if name in report]
+    names = ("causal", "topk", "router", "paper", "quantized")
+    rows = [(name, report[name]) for name in names if name in report]
     # a vanilla model has one depth and one setting: its first line has said all
     by_depth = (report.get("causal") or report["topk"])["by_depth"]
     for name, parts in (("of one depth", by_depth), ("causal", report["scaling"])):
@@ -412,6 +425,7 @@ def compare(args: Namespace, device: str) -> None:
     rows, tokenizers, data = [], [], set()
     for run in args.runs:
         model, config, enc = open_for_eval(run, args, device)
+        model = prepare_weights(model, args.quantize)
         knobs = check_knobs(model, args)
         directory, meta, shards = open_data(run, args, config, model, enc)
         blocks = shards.blocks(model.config.block_size, args.tokens)
@@ -766,6 +780,7 @@ def read_flags(argv: list[str]) -> Namespace:
     add("--tokenizer", metavar="T", help="name, file or directory, for weights without one (default: the data's)")
     add("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    add("--quantize", choices=("int8",), help="weights of the layers and the head in one byte each")
     args = parser.parse_intermixed_args(argv)
     for name, least in (("tokens", 1), ("batch_size", 1), ("shots", 0), ("limit", 1)):
         value = getattr(args, name)
@@ -871,6 +886,7 @@ def run(args: Namespace, device: str) -> None:
     start = time.perf_counter()
     (path,) = args.runs
     model, config, enc = open_for_eval(path, args, device)
+    exact, model = model, prepare_weights(model, args.quantize)
     c = model.config
     knobs = check_knobs(model, args)
 
@@ -899,6 +915,8 @@ def run(args: Namespace, device: str) -> None:
     report, passes = evaluate(model, rows, enc, meta["eot"] if wants_mask(config) else None, knobs)
     if args.paper:
         report["paper"] = measure_paper(model, shards, knobs)
+    if args.quantize and is_causal(c):
+        report["quantized"] = compare_decisions(exact, model, rows, knobs)
     report = rounded({"run": path, "data": str(data)} | report)
     draw_pictures(model, report, passes, out)
 

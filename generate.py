@@ -10,6 +10,7 @@ computes every recursion and masks. engine.py serves many requests at once with 
 Shapes: B rows, P prompt tokens with padding, V vocabulary.
 """
 
+import copy
 import math
 import re
 import time
@@ -21,8 +22,8 @@ import torch._inductor.config
 from torch import Tensor
 
 from cache import KVCache
-from model import MoR, Pass, State
-from ops import scramble
+from model import Layer, MoR, Pass, State
+from ops import Matrix, join, scramble
 
 # ----------------------------------------------------------------------------------------------------------------------
 # compiled functions
@@ -59,6 +60,10 @@ class Graphs(dict[tuple, Callable]):
         settings = {"freezing": self.freeze, "cpp.enable_concat_linear": self.freeze, "cpp_wrapper": self.freeze}
         # every index is clamped or was checked on the host; to check again takes a seventh of attention's time
         settings["assert_indirect_indexing"] = False
+        # a product and its sum as one instruction: int8 decoding takes 5 % less
+        settings["cpp.enable_floating_point_contract_flag"] = "fast"
+        # on CUDA, the many sums that top-k and top-p take over a row are then one kernel, not two for each
+        settings["split_reductions"] = False
         with torch._inductor.config.patch(settings):
             result = compiled(*args)
 
@@ -95,6 +100,27 @@ def only_arguments(guards: list) -> list[bool]:
     """Returns which guards to keep: those on the arguments. Checking every weight and every field of the model on each
     call costs 5 % of a stage, so do not change a model that has graphs."""
     return [re.fullmatch(r"L\['\w+'\]", guard.name) is not None for guard in guards]
+
+
+def prepare_weights(model: MoR, quantize: str | None = None) -> MoR:
+    """Returns the model with the matrices joined that read the same: itself, or with quantize="int8" a copy, whose
+    matrices and head are int8. What is trained or loaded later changes the model, not the copy. Raises ValueError."""
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r} must be 'int8' or None")
+    head = model.head_weight
+    if quantize and head.dtype != torch.int8:
+        kept = {id(m.weight): m.weight for m in model.modules() if isinstance(m, Matrix)}
+        model = copy.deepcopy(model, kept)  # of the matrices, which are replaced, nothing is copied
+        model.lm_head = Matrix(*head.mT.shape)
+        model.lm_head.weight = head
+        for module in model.modules():
+            if isinstance(module, Matrix):
+                module.quantize()
+    for module in model.modules():
+        if isinstance(module, Layer):
+            join(module.wq, module.wk, module.wv)
+            join(module.w_gate, module.w_up)
+    return model
 
 
 def bucket(n: int, limit: int) -> int:
@@ -191,6 +217,7 @@ class Decoder:
     """A model with a static cache for `batch` rows of up to `max_len` tokens, and the compiled functions that fill and
     read it: one prefill graph per bucket, one graph per decoding step (one per stage with early exit).
 
+    quantize="int8" decodes with int8 weights; of the vocabulary the first vocab_size tokens are sampled (None: all).
     Keep it between calls of `generate`. Raises ValueError as make_cache does."""
 
     def __init__(
@@ -205,8 +232,11 @@ class Decoder:
         compile: bool = True,
         freeze: bool = False,
         early_exit: bool | None = None,
+        quantize: str | None = None,
+        vocab_size: int | None = None,
     ):
-        self.model = model
+        model = self.model = prepare_weights(model, quantize)
+        self.vocab_size = vocab_size
         self.cache = model.make_cache(batch, max_len, slack, threshold, max_depth)
         device = model.wte.weight.device
         self.graphs = Graphs(compile, freeze, device)
@@ -234,7 +264,7 @@ class Decoder:
 
     def choose(self, logits: Tensor, filtered: bool | None) -> Tensor:
         """Returns a token [B] for each row, -1 for rows that have sampled all they may."""
-        sampled = sample_token(logits, self.knobs, self.cache.position, filtered)
+        sampled = sample_token(logits[:, : self.vocab_size], self.knobs, self.cache.position, filtered)
         token = torch.where(self.left > 0, sampled, -1)
         self.left.sub_(1)
         return token
@@ -308,7 +338,7 @@ def generate(
 
     on_token(row, token, depth) hears of every token as it becomes known, first those of the prompts, and (row, None,
     None) when a row ends. Row i samples with seed + i, or seed[i]. `decoder` brings cache and graphs of earlier calls;
-    else one is made with **options (threshold, max_depth, slack, compile, freeze, early_exit). Raises ValueError."""
+    else one is made with **options, which are Decoder's. Raises ValueError."""
     check_request(model, prompts, max_new_tokens, temperature, top_k, top_p)
     lengths = [len(p) for p in prompts]
     if decoder is not None and options:

@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cache import KVCache, cache_slots
 from config import MoRConfig, check_cache, check_forward, check_prompts, check_routing, round_down
-from ops import attend, attend_cache, compact, linear, linear_cross_entropy, linears, scramble, take, take_rows
+from ops import Matrix, attend, attend_cache, compact, linear, linear_cross_entropy, linears, scramble, take, take_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # layers
@@ -81,14 +81,14 @@ class Layer(nn.Module):
         self.config = config
         D, E = config.d_model, config.head_dim
         self.attn_norm = RMSNorm(D, config.norm_eps)
-        self.wq = nn.Linear(D, D, bias=False)
-        self.wk = nn.Linear(D, config.n_kv_head * E, bias=False)
-        self.wv = nn.Linear(D, config.n_kv_head * E, bias=False)
-        self.wo = nn.Linear(D, D, bias=False)
+        self.wq = Matrix(D, D)
+        self.wk = Matrix(D, config.n_kv_head * E)
+        self.wv = Matrix(D, config.n_kv_head * E)
+        self.wo = Matrix(D, D)
         self.mlp_norm = RMSNorm(D, config.norm_eps)
-        self.w_gate = nn.Linear(D, config.d_ff, bias=False)
-        self.w_up = nn.Linear(D, config.d_ff, bias=False)
-        self.w_down = nn.Linear(config.d_ff, D, bias=False)
+        self.w_gate = Matrix(D, config.d_ff)
+        self.w_up = Matrix(D, config.d_ff)
+        self.w_down = Matrix(config.d_ff, D)
 
     def forward(self, x: Tensor, rope: Tensor, context: "Context", j: int = 0) -> tuple[Tensor, tuple]:
         """Returns y [B, K, D] for x [B, K, D], and this layer's (k, v) [B, K, G, E]. rope [B, K, E] is of the tokens'
@@ -102,15 +102,15 @@ class Layer(nn.Module):
             qk, v = qkv.view(B, K, H + 2 * G, E).split((H + G, G), dim=2)
             q, k = self.prepare_heads(qk, rope).split((H, G), dim=2)
         else:  # kv="share": the keys and values of recursion 0 are used again
-            q = linear(h, self.wq.weight).view(B, K, H, E)
+            q = linears(h, self.wq).view(B, K, H, E)
             q = self.prepare_heads(q, rope)
             k = v = None
         y = context.attend(j, q, k, v)
-        x = x + linear(y.reshape(B, K, H * E), self.wo.weight)
+        x = x + linears(y.reshape(B, K, H * E), self.wo)
 
         h = self.mlp_norm(x)
         gate, up = linears(h, self.w_gate, self.w_up).chunk(2, -1)
-        x = x + linear(F.silu(gate) * up, self.w_down.weight)
+        x = x + linears(F.silu(gate) * up, self.w_down)
         return x, (k, v)
 
     def prepare_heads(self, heads: Tensor, rope: Tensor) -> Tensor:
@@ -489,7 +489,7 @@ class MoR(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Returns logits fp32 [..., V] of the normed stream."""
-        return linear(h, self.head_weight).float()
+        return linears(h, self.lm_head or self.wte).float()
 
     @property
     def head_weight(self) -> Tensor:

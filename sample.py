@@ -40,7 +40,7 @@ from cache import KVCache
 from checkpoint import open_model
 from cli import Parser, fail, open_device, whole
 from engine import Engine, Request
-from generate import Decoder, Generated, bucket, check_request, generate, setting_errors
+from generate import Decoder, Generated, bucket, check_request, generate, prepare_weights, setting_errors
 from model import MoR
 from prepare import load_tokenizer, read_text
 from show import UNSAFE, Painter, paint, read_passage, routing_heatmap, token_bytes, write_page
@@ -77,6 +77,7 @@ def read_flags(argv: list[str] | None) -> Namespace:
     add("--tokenizer", metavar="T", help="name, file or directory, for weights without one of their own")
     add("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on cuda, else fp32")
+    add("--quantize", choices=("int8",), help="weights of the layers and the head in one byte each")
     add("--compile", action=BooleanOptionalAction, help="compile first (default: if over 4000 steps are to be done)")
     add("--freeze", action="store_true", help="on CPUs, compile with weights packed as constants: twice the memory")
     args = parser.parse_intermixed_args(argv)  # options and PROMPT in any order
@@ -209,7 +210,7 @@ def continue_one(model: MoR, enc, text: str, args: Namespace) -> None:
     batch = min(args.batch, args.samples)
     new = min(args.max_new_tokens, block - len(ids))
     sampling, options = read_settings(args, -(-args.samples // batch) * new)
-    decoder = Decoder(model, batch, bucket(len(ids) + new, block), **options)
+    decoder = Decoder(model, batch, bucket(len(ids) + new, block), vocab_size=enc.n_vocab, **options)
     if options["compile"]:  # apart, so that the speed below is that of decoding
         start = time.perf_counter()
         generate(model, [ids], 2, decoder=decoder, **sampling)
@@ -248,7 +249,7 @@ def converse(model: MoR, enc, args: Namespace) -> None:
     except ImportError:
         pass
     sampling, options = read_settings(args, steps=0)
-    decoder = Decoder(model, args.samples, model.config.block_size, **options)
+    decoder = Decoder(model, args.samples, model.config.block_size, vocab_size=enc.n_vocab, **options)
     print("type a text to be continued; Ctrl-D ends", file=sys.stderr)
     if wants_color(args):
         print_legend(model.config.n_recursion)
@@ -281,7 +282,7 @@ def continue_many(model: MoR, enc, records: list[dict], args: Namespace) -> None
     width = min(args.batch, len(prompts))
     slots = width if model.config.router == "none" else min(len(prompts), 2 * width - 1)
     sampling, options = read_settings(args, sum(new) // width)
-    engine = Engine(model, slots, width, bucket(max_len, block), **options)
+    engine = Engine(model, slots, width, bucket(max_len, block), vocab_size=enc.n_vocab, **options)
     start = time.perf_counter()
     requests = []
     for i, prompt in enumerate(prompts):
@@ -334,8 +335,9 @@ def report(model: MoR, cache: KVCache, speed: str, depths: list[list[int]], over
     outer = vanilla * c.n_unshared // c.n_layer  # first and last layer cache every token in any model
     share = (cache.nbytes - outer) / (vanilla - outer)
     tight = (model.kv_bytes(cache.batch, cache.max_len, dtype) - outer) / (vanilla - outer)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     lines = [
-        f"{speed}; mean depth {sum(flat) / max(1, len(flat)):.2f} of {c.n_recursion}",
+        f"{speed}; mean depth {sum(flat) / max(1, len(flat)):.2f} of {c.n_recursion}; weights {weights / 1e6:.2f} MB",
         f"{size}, vanilla's {vanilla / 1e6:.2f} MB; shared block alone {share:.1%} of vanilla's at slack"
         f" {cache.slack:g}, {tight:.1%} at slack 1",
     ]
@@ -353,6 +355,7 @@ def run(args: Namespace) -> None:
     if args.run == DEMO and not Path(DEMO).exists():
         fail(f"{DEMO} does not exist here: make demo trains it; or name a MODEL (sample.py --help)")
     model, enc, config = open_model(args.run, device, dtypes[args.dtype])
+    model = prepare_weights(model, args.quantize)
     if args.tokenizer:
         enc = load_tokenizer(args.tokenizer)
     if enc is None:
