@@ -155,14 +155,14 @@ def test_no_path_mixes_devices_or_waits(tmp_path):
 
 
 def write_serving_code() -> dict[str, str]:
-    """Returns what is compiled for an H100 of a turn, of a block and of a prompt, 24 tokens a row."""
+    """Returns what is compiled for an H100 of a turn and of a block, 24 tokens a row."""
     config = MoRConfig(**SIZE | dict(n_layer=5, block_size=24), n_recursion=3, router="expert")
-    args = Namespace(dtype="bf16", width=4, stages=["turn", "block", "prefill"])
+    args = Namespace(dtype="bf16", width=4, stages=["turn", "block"])
     with pretend():
         return {name: write_code(*stage) for name, stage in bench.list_stages(config, args).items()}
 
 
-def test_windows_are_read_where_they_lie_and_written_in_place():
+def test_windows_are_read_where_they_lie():
     pytest.importorskip("triton")
     code = bench.run_in_fresh_process(write_serving_code, env={})
     for name, layers in (("turn", 3), ("block", 1)):
@@ -171,8 +171,6 @@ def test_windows_are_read_where_they_lie_and_written_in_place():
         views = [re.findall(r"reinterpret_tensor\(arg\d+_1, \(\d+, (\d+), 2, 16\)", call) for call in calls]
         assert len(calls) == layers
         assert set(map(tuple, views)) == ({("24", "24")} if name == "turn" else {("16", "16")})  # of graph inputs
-    written = re.findall(r"triton_for_\w+\.run\(.*, (arg\d+_1), (arg\d+_1), stream", code["prefill"])
-    assert len({buffer for pair in written for buffer in pair}) == 2 * 3  # K and V of all layers, two at a time
 
 
 SMALL = {
