@@ -1,5 +1,6 @@
 # make demo    from nothing to a trained Mixture-of-Recursions with samples, a loss curve and a page of text by depth
 # make test    all tests but the soak tests        make lint    ruff        make soak    the long ones
+# make gpu     on a machine with a GPU: checks and measures it in about ten minutes, and writes gpu.json to send in
 # make clean   remove what was made, data and runs included, and keep .venv
 #
 # PYTHON=python3.12 make ... chooses the interpreter that .venv is made with; JOBS=1 make test runs one test at a time.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak gpu clean
 
 demo: .venv/run.stamp data/python/meta.json
 	$(BIN)/python train.py --data data/python --out out/demo --optimizer muon --steps 600 --cooldown 0.4 --eval-every 600
@@ -27,6 +28,9 @@ lint: .venv/dev.stamp
 
 soak: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak
+
+gpu: .venv/dev.stamp
+	$(BIN)/python bench.py gpu --json gpu.json
 
 clean:
 	rm -rf data out build *.egg-info .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

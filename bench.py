@@ -15,6 +15,7 @@ Measures what a Mixture-of-Recursions costs and how fast it is, beside its basel
     python bench.py serve vanilla expert-3 --widths 8 16 32 64 --no-equal-memory       # tokens/s against width
     python bench.py serve vanilla expert-3 share-3 --prompts 256   # a mixed load with prompts, and how long users wait
     python bench.py launches vanilla expert-3 --preset 360M --layers 0 --vocab 0   # kernels per stage of a GPU, counted
+    python bench.py gpu --json gpu.json               # all that is worth knowing of a GPU, in about ten minutes
     python bench.py plot results/*.json -o results.png
 
 A variant is vanilla, recursive-N, expert-N, share-N (expert choice, shared K/V) or token-N with N recursions. All have
@@ -34,6 +35,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -191,7 +193,7 @@ def balance_routers(model: MoR) -> MoR:
     return model
 
 
-def attend_by_sdpa(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+def attend_by_sdpa(q: Tensor, k: Tensor, v: Tensor, index: None, length: Tensor) -> Tensor:
     """Returns what attend_cache does, by torch's own attention."""
     mask = torch.arange(k.size(1), device=q.device) < length[:, None]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -1437,6 +1439,164 @@ def report_launches(args: Namespace) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# gpu
+
+GPU_SIZE = "--preset 360M --layers 0 --vocab 0 --rounds 3"
+GPU_PARTS = {  # commands of this file, in the order of their worth
+    "serve, width 32": "serve vanilla expert-3 --widths 32 --no-equal-memory",
+    "decode": "decode vanilla expert-3 --batch 1 8 --prompt 256 --no-llama --no-uncached",
+    "train": "train vanilla expert-3 --batch 8 --seq 2048",
+    "serve, width 128": "serve vanilla expert-3 --widths 128 --no-equal-memory",
+    "serve, width 256": "serve vanilla expert-3 --widths 256 --no-equal-memory",
+}
+
+# What an H100 SXM should take, until one has been measured: assumptions, in bytes/s, seconds and FLOP/s.
+BANDWIDTH = 2.8e12  # of the 3.35e12 that its makers name
+SMALL_KERNEL = 2.5e-6  # from launch to launch within a CUDA graph
+SKINNY_MATMUL = 5e-6  # of few rows, whose weights are less than 14 MB
+TRAINING_SPEED = 0.4 * 990e12  # the share of the peak that good trainers of this size reach
+SMALL_KERNELS_OF_A_LAYER = 7  # two norms, RoPE, cast of q, two that write K and V, SwiGLU: see `launches`
+SMALL_KERNELS_OF_ROUTING = 12  # of a turn or a block of a model with a router, its routers' products included
+
+
+def estimate_stage(c: MoRConfig, layers: int, rows: int, keys: float, head: bool = True) -> float:
+    """Returns the seconds of one token for each of some rows through some layers, and through head and sampling.
+
+    A kernel takes its launch or the reading of its bytes, whichever is longer. keys: slots that a row reads, on
+    average. To sample hashes the whole vocabulary, which is 45 us for up to 128 rows."""
+    D, kv = c.d_model, c.n_kv_head * c.head_dim
+
+    def read(numbers: float, least: float) -> float:
+        return max(least, 2 * numbers / BANDWIDTH)
+
+    matrices = ((D + 2 * kv) * D, D * D, 2 * c.d_ff * D, c.d_ff * D)
+    matmuls = sum(read(n, SKINNY_MATMUL) for n in matrices)
+    attention = read(2 * rows * keys * kv, 6e-6)
+    seconds = layers * (matmuls + attention + SMALL_KERNELS_OF_A_LAYER * SMALL_KERNEL)
+    if head:
+        seconds += read(D * c.vocab_size, SKINNY_MATMUL) + 3 * read(4 * rows * c.vocab_size, SMALL_KERNEL)
+        seconds += 45e-6 * max(1, rows / 128) + 10 * SMALL_KERNEL
+    if c.router != "none":
+        seconds += SMALL_KERNELS_OF_ROUTING * SMALL_KERNEL
+    return seconds
+
+
+def compare_with_estimates(row: dict, args: Namespace) -> dict[str, tuple[float, float]]:
+    """Returns measured and estimated seconds of what a row of another command's table has, by name."""
+    T = getattr(args, "seq", None) or args.new * 3 // 2
+    c = make_config(row["name"], args.preset, T, **choose_size(args))
+    if args.command == "train":
+        return {"step": (row["step"], row["flops"] / TRAINING_SPEED)}
+    if args.command == "decode":
+        step = row["batch"] / row["decode_tokens_per_second"]
+        return {"step": (step, estimate_stage(c, c.n_layer, row["batch"], args.prompt + args.new / 2))}
+
+    # a request is on average half done; at recursion r it has capacity_r of its tokens
+    keys = args.new / 2
+    first = c.n_unshared + c.n_block  # layers of a turn: all but later recursions
+    found = {"turn": (row["turn_seconds"], estimate_stage(c, first, row["turn_width"], keys))}
+    if "block_seconds" in row:
+        later = c.capacities[1:]
+        keys *= sum(f * f for f in later) / sum(later)
+        found["block"] = row["block_seconds"], estimate_stage(c, c.n_block, row["width"], keys, head=False)
+    return found
+
+
+def check_logits(device: torch.device) -> list[dict]:
+    """Returns how far logits are from what they should be, by case: cached from uncached, and the golden vectors."""
+    sys.path.append(str(Path(__file__).parent / "tests"))
+    from conftest import load_golden, make_model
+    from test_model import GOLDEN, golden_config, golden_weights
+
+    rows = []
+    size = dict(vocab_size=256, n_layer=8, n_head=4, n_kv_head=2, d_model=64, d_ff=96)
+    for variant in ("vanilla", "recursive-3", "expert-3", "share-3", "token-3"):
+        model = make_model(make_config(variant, "nano", 64, **size)).to(device).eval()
+        idx = torch.randint(256, (3, 60), device=device)
+        lengths = torch.tensor([40, 17, 1], device=device)
+        row = torch.arange(3, device=device)
+        with torch.no_grad():
+            expected = model(idx, routing="causal").logits
+            cache = model.make_cache(3, 64, slack=model.config.n_recursion)
+            decode = Graphs(False, False, device)
+            logits = model.prefill(idx[:, :40], lengths, cache)
+            worst = (logits - expected[row, lengths - 1]).abs().max()
+            for t in range(20):  # on CUDA recorded at the second, and then played back
+                token = idx[row, lengths + t]
+                logits = decode.run(
+                    ("decode",), lambda token, model=model, cache=cache: model.decode(token, cache), token
+                )
+                worst = torch.maximum(worst, (logits - expected[row, lengths + t]).abs().max())
+        rows.append(dict(name=f"{variant}, cached against uncached", difference=worst.item()))
+
+    for case in GOLDEN:
+        golden, about = load_golden(case)
+        model = MoR(golden_config(case))
+        model.load_reference_state_dict(golden_weights(golden, about["aliases"]))
+        model = model.to(device).eval()
+        with torch.no_grad():
+            logits = model(golden["input_ids"].to(device), routing="topk").logits.cpu()
+        rows.append(
+            dict(name=f"{case}, the authors' code", difference=(logits - golden["eval.logits"]).abs().max().item())
+        )
+    for row in rows:
+        row["verdict"] = "right" if row["difference"] < 1e-4 else "WRONG"
+    return rows
+
+
+def report_gpu(args: Namespace) -> dict[str, Any]:
+    """Checks the logits on a GPU, then runs the commands of GPU_PARTS while there is time: what its owner can send in.
+
+    A part that fails is reported, and the others run."""
+    facts = describe_run(args)
+    device = torch.device(args.device)
+    end = time.perf_counter() + 60 * args.minutes
+    checks = check_logits(device)
+    rows = []
+    parts = {}
+    for name, command in GPU_PARTS.items():
+        if time.perf_counter() > end:
+            parts[name] = dict(error=f"not begun within --minutes {args.minutes}")
+            continue
+        flags = shlex.split(f"{command} {GPU_SIZE} --device {args.device}")
+        if args.quick:
+            flags += ["--quick", "--compile=none" if "train" in flags else "--no-compile"]
+        part = read_flags(flags)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            parts[name] = COMMANDS[part.command](part)
+        except Exception as e:  # whatever it is, the owner of the GPU should send it in
+            parts[name] = dict(error=f"{type(e).__name__}: {e}")
+            continue
+        if device.type == "cuda":
+            parts[name]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+            torch.cuda.empty_cache()
+
+        # beside what was expected
+        for row in parts[name]["rows"]:
+            for what, (measured, estimated) in compare_with_estimates(row, part).items():
+                place = f"batch {row['batch']}" if "batch" in row else f"width {row['at']}"
+                speed = 1 / row["ratio"] if part.command == "train" else row.get("speedup", row.get("ratio"))
+                line = dict(name=f"{part.command} {row['name']}, {place}: {what}", speed=speed)
+                rows.append(line | dict(measured=measured, estimated=estimated, off=measured / estimated))
+
+    # three tables, and all of it as one result
+    print("\nlargest difference of a logit, fp32; right below 1e-4")
+    print_table(checks, "case=name|difference=difference:.1e|verdict=verdict")
+    print(f"\nmilliseconds on {facts['machine']}, beside an estimate for an H100 SXM; speed against vanilla")
+    print_table(
+        rows, "what=name|measured=measured:.2f/1e-3|estimated=estimated:.2f/1e-3|off=off:.2f|against vanilla=speed:.3f"
+    )
+    memory = [dict(name=name, peak=part.get("peak_bytes"), error=part.get("error", "")) for name, part in parts.items()]
+    print("\npeak memory of each part; recompilations raise, and so would be an error here")
+    print_table(memory, "part=name|peak MiB=peak:,.0f/1048576|error=error")
+    warnings = [f"{part['error']} ({name})" for name, part in parts.items() if "error" in part]
+    warnings += [f"{row['name']}: off by {row['difference']:.1e}" for row in checks if row["verdict"] == "WRONG"]
+    return dict(about=facts, checks=checks, rows=rows, parts=parts, warnings=warnings)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # plot
 
 COLORS = ("#8fb8de", "#3b75af", "#c9c9c9")
@@ -1597,6 +1757,7 @@ COMMANDS = {
     "decode": measure_decoding,
     "serve": measure_serving,
     "launches": report_launches,
+    "gpu": report_gpu,
 }
 TINY = {  # what --quick changes of a command's flags
     "cost": {},
@@ -1604,6 +1765,7 @@ TINY = {  # what --quick changes of a command's flags
     "decode": dict(batch=[2], prompt=12, new=8, rounds=2),
     "serve": dict(new=16, rounds=2, seconds=1.0, lengths=[2, 8]),
     "launches": dict(width=4, new=16),
+    "gpu": {},
 }
 
 
@@ -1688,19 +1850,21 @@ def build_parser() -> Parser:
         "--stages", nargs="+", choices=stages, default=stages, metavar="STAGE", help=", ".join(stages)
     )
 
+    gpu = commands.add_parser("gpu", parents=[common], help="checks and measures a GPU: one file to send in")
+    gpu.add_argument("--minutes", type=float, default=10, help="no part begins later than this (default 10)")
+
     panels = commands.add_parser("plot", help="JSON of the others -> PNG, a panel per file")
     panels.add_argument("files", nargs="+", metavar="FILE.json")
     panels.add_argument("-o", "--out", required=True, metavar="FILE.png")
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs one command; its last line of output is the result as JSON."""
-    # flags, and what is wrong with them
+def read_flags(argv: list[str]) -> Namespace:
+    """Returns the flags of one command; ends the program if they cannot be met."""
     args = build_parser().parse_args(argv)
     if args.command == "plot":
-        return plot(args)
-    args.argv = argv or sys.argv[1:]
+        return args
+    args.argv = argv
     for name in ("batch", "seq", "prompt", "new", "rounds", "devices", "widths", "width", "prompts", "lengths"):
         value = getattr(args, name, None)
         if value is None:
@@ -1708,14 +1872,22 @@ def main(argv: list[str] | None = None) -> None:
         smallest = min(value) if isinstance(value, list) else value
         if smallest < 1:
             fail(f"--{name} {value} must be at least 1")
+    if args.command == "gpu" and args.device == "auto":  # the CPU is for those who ask to see that it runs
+        args.device = "cuda"
     args.device = open_device(args.device)
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)  # events and graphs are made on the current one
     if args.quick:
         vars(args).update(TINY[args.command])
         args.variants = getattr(args, "variants", None) or ["vanilla", "expert-2"]
         if args.command == "serve":
             args.widths = [min(width, 4) for width in args.widths]
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command; its last line of output is the result as JSON."""
+    args = read_flags(argv or sys.argv[1:])
+    if args.command == "plot":
+        return plot(args)
     torch.manual_seed(0)
 
     # the command prints its tables; the JSON comes last

@@ -85,8 +85,12 @@ class KVCache:
         for buffer, new in ((self.k[layer], k), (self.v[layer], v)):
             buffer[at] = torch.where(live, new, buffer[at])
 
-    def window(self, layer: int, r: Any) -> tuple[Tensor, Tensor]:
-        """Returns keys and values [B, C, G, E] of recursion r, int or [B, 1]; None: of a layer with every token."""
+    def window(self, layer: int, r: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns (k, v, index): what tokens at recursion r, int or [B, 1], read; None: of a layer with every token.
+
+        k and v are each row's window [B, C, G, E], and the index None; or after `rows` all windows that there are
+        [*, C, G, E], which overlap, and the index int64 [B] says which are the rows'. Nothing is copied: they are views
+        of the buffers, and attention to them costs no more by index where the compiler fuses the two."""
         start, slots = 0, self.max_len
         if isinstance(r, int):
             start, slots = self.start[r], self.slots[r]
@@ -95,16 +99,14 @@ class KVCache:
         k, v = self.k[layer], self.v[layer]
         if isinstance(self.row, slice):
             end = start + slots
-            return k[:, start:end], v[:, start:end]
+            return k[:, start:end], v[:, start:end], None
 
-        # One index per row into all possible windows, which overlap. The compiler fuses it into the attention that
-        # reads the window; an index per slot would cost as much as the attention. (flash-attn gets a copy.) Nothing
-        # checks the index, so it must lie inside: engine.py asserts that it does, for every row and recursion.
-        first = self.row * k.size(1) + start
-        k = k.flatten(0, 1).unfold(0, slots, 1)  # [windows, G, E, C]
-        v = v.flatten(0, 1).unfold(0, slots, 1)
-        k, v = k[first[:, 0]], v[first[:, 0]]
-        return k.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2)
+        # Nothing checks the index, so it must lie inside: engine.py asserts that it does, for every row and recursion.
+        rows, n, G, E = k.shape
+        index = self.row * n + start
+        shape = rows * n - slots + 1, slots, G, E
+        stride = G * E, G * E, E, 1
+        return k.as_strided(shape, stride), v.as_strided(shape, stride), index[:, 0]
 
     @property
     def longest_window(self) -> int:

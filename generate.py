@@ -15,11 +15,12 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor.config
 from torch import Tensor
+from torch.utils._pytree import register_dataclass, tree_flatten, tree_leaves, tree_unflatten
 
 from cache import KVCache
 from model import Layer, MoR, Pass, State
@@ -28,26 +29,42 @@ from ops import Matrix, join, scramble
 # ----------------------------------------------------------------------------------------------------------------------
 # compiled functions
 
+register_dataclass(Pass)  # so that what it holds is found, as in a State
+
 
 class Graphs(dict[tuple, Callable]):
     """Functions by key, compiled when first run and never again: a recompilation raises.
 
-    On CUDA, functions from tensors to tensors (decoding and serving stages, not prefill) are played back as CUDA
-    graphs. freeze: on CPUs, weights are packed into each graph as constants, and its kernels called from C++, which is
-    faster and takes the weights' memory again. compile=False runs functions as they are."""
+    On CUDA a function is recorded when it runs for the second time, compiled or not, and played back from then on: a
+    call costs one launch, not one per kernel. freeze: on CPUs, weights are packed into each graph as constants, and its
+    kernels called from C++, which is faster and takes the weights' memory again. compile=False runs functions as they
+    are."""
 
     def __init__(self, compile: bool, freeze: bool, device: torch.device):
         super().__init__()
         self.compile = compile
         self.freeze = freeze and device.type == "cpu"
         self.cuda = device.type == "cuda"
+        self.handed: dict[tuple, list[Tensor]] = {}  # memory of what recorded stages hand to one another
+        self.place: dict[str, Any] = {}  # where functions are recorded: a stream and memory for all of them
 
     def run(self, key: tuple, function: Callable, *args):
         """Returns function(*args), compiled under this key."""
-        if not self.compile:
-            return function(*args)
         if key in self:
             return self[key](*args)
+        if not self.compile:
+            result = function(*args)
+        else:
+            function, result = self.compile_and_run(function, *args)
+        if self.cuda:
+            result = each(copy_tensor, result)  # a tensor may be a view of a State, which is overwritten now
+            self[key] = self.record(function, args, result)
+        elif self.compile:
+            self[key] = function
+        return result
+
+    def compile_and_run(self, function: Callable, *args) -> tuple[Callable, Any]:
+        """Returns the compiled function, and function(*args)."""
         compiled = torch.compile(
             function,
             fullgraph=True,
@@ -65,35 +82,80 @@ class Graphs(dict[tuple, Callable]):
         # on CUDA, the many sums that top-k and top-p take over a row are then one kernel, not two for each
         settings["split_reductions"] = False
         with torch._inductor.config.patch(settings):
-            result = compiled(*args)
+            return compiled, compiled(*args)
 
-        results = result if isinstance(result, tuple) else (result,)
-        tensors = all(isinstance(x, Tensor) for x in (*args, *results))
-        self[key] = record_on_cuda(compiled) if self.cuda and tensors else compiled
-        return result
+    def record(self, function: Callable, args: tuple, result: Any) -> Callable:
+        """Returns a function that was run before, with these args and this result, as a CUDA graph.
+
+        It is recorded at its first call. Tensors are copied into the memory that the graph reads, and out of what it
+        writes. But State and Pass stay there: the next stage reads them where they lie, and they are good until then. A
+        cache stays where it is, and with another one the function runs as it is. What else the function reads or
+        changes must not move. (By hand, as mode="reduce-overhead" declines graphs that write to their inputs, such as
+        caches, unless all of these are marked, and overwrites its outputs too.)"""
+        graph, outputs = None, None
+        inputs = tuple(self.keep(x) for x in args)
+        mine = tree_leaves(inputs)
+        each(self.keep_structure, result)  # memory made while a graph is recorded would be the graph's own
+
+        def play(*args):
+            nonlocal graph, outputs
+            given = tree_leaves(args)
+            if any(a != b for a, b in zip(mine, given, strict=True) if not isinstance(a, Tensor)):
+                return function(*args)
+            if graph is None:
+                graph, outputs = self.capture(function, inputs)
+            copy_tensors(mine, given)
+            graph.replay()
+            return each(copy_tensor, outputs)
+
+        return play
+
+    def capture(self, function: Callable, inputs: tuple) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Returns a graph of function(*inputs), and the results that it will write. The kernels are noted, not run."""
+        device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            if not self.place:  # results are copied before another graph runs, so that all can share their memory
+                self.place = dict(stream=torch.cuda.Stream(device), pool=torch.cuda.graph_pool_handle())
+            # thread_local: what other threads of the program ask of CUDA meanwhile is no error
+            with torch.cuda.graph(graph, capture_error_mode="thread_local", **self.place):
+                results = function(*inputs)
+                results = each(copy_tensor, results)  # before a State is overwritten here too
+                return graph, each(self.keep_structure, results)
+
+    def keep_structure(self, x: Any) -> Any:
+        """Returns x, a State or a Pass in the memory of all graphs."""
+        return x if isinstance(x, Tensor) else self.keep(x)
+
+    def keep(self, x: Any) -> Any:
+        """Returns a copy of x, in memory that stays: of a State or a Pass the same for all graphs."""
+        if isinstance(x, Tensor):
+            return x.clone()
+        leaves, structure = tree_flatten(x)
+        key = type(x), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves)
+        if key not in self.handed:
+            self.handed[key] = [copy_tensor(leaf) for leaf in leaves]
+        kept = self.handed[key]
+        copy_tensors(kept, leaves)
+        mine = [a if isinstance(a, Tensor) else b for a, b in zip(kept, leaves, strict=True)]
+        return tree_unflatten(mine, structure)
 
 
-def record_on_cuda(compiled: Callable) -> Callable:
-    """Returns a function from tensors to tensors, compiled and run before, as a CUDA graph.
+def each(function: Callable, results: Any) -> Any:
+    """Returns function(x) of each of several results, or of the only one. (A State is one, although it is a tuple.)"""
+    return tuple(function(x) for x in results) if type(results) is tuple else function(results)
 
-    It is recorded at its first call and played back from then on, so that a step costs one launch, not one per kernel.
-    What else it reads or changes must stay where it is. (By hand, as mode="reduce-overhead" declines graphs that write
-    to their inputs, such as caches, unless all of these are marked, and overwrites its outputs too.)"""
-    graph, inputs, outputs = None, (), ()
 
-    def play(*args: Tensor):
-        nonlocal graph, inputs, outputs
-        if graph is None:
-            graph = torch.cuda.CUDAGraph()
-            inputs = [x.clone() for x in args]
-            with torch.cuda.graph(graph):  # notes the kernels, and runs none
-                outputs = compiled(*inputs)
-        for mine, given in zip(inputs, args, strict=True):
-            mine.copy_(given)
-        graph.replay()
-        return outputs.clone() if isinstance(outputs, Tensor) else tuple(x.clone() for x in outputs)
+def copy_tensor(x: Any) -> Any:
+    """Returns a copy of a tensor; anything else as it is."""
+    return x.clone() if isinstance(x, Tensor) else x
 
-    return play
+
+def copy_tensors(to: list, given: list) -> None:
+    """Copies tensors to memory where they are not yet; other things in the lists are left."""
+    for mine, theirs in zip(to, given, strict=True):
+        if isinstance(mine, Tensor) and mine.data_ptr() != theirs.data_ptr():
+            mine.copy_(theirs)
 
 
 def only_arguments(guards: list) -> list[bool]:

@@ -176,8 +176,8 @@ class Cached:
         layer = self.layer + j
         if self.projects:
             self.cache.write_token(layer, self.r, self.used, self.live, k, v)
-        keys, values = self.cache.window(layer, self.r)
-        return attend_cache(q, keys, values, self.length)
+        window = self.cache.window(layer, self.r)
+        return attend_cache(q, *window, self.length)
 
 
 Context = Among | Shared | Cached

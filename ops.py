@@ -285,12 +285,15 @@ attend_on_cpu.register_autograd(
 # attention of one token to a cache
 
 
-def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+def attend_cache(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, length: Tensor) -> Tensor:
     """Returns attention of one query per row over the first length [B] of its slots.
 
-    q [B, 1, H, E], k and v [B, C, G, E] -> [B, 1, H, E]: attend(q, k, v, mask) with mask = slot < length."""
-    if use_flash(q):
-        return flash_decode(q, k, v, length)
+    q [B, 1, H, E], k and v [B, C, G, E] -> [B, 1, H, E]: attend(q, k, v, mask) with mask = slot < length. With an index
+    int64 [B], k and v hold other windows too, which may overlap, and row b reads k[index[b]]."""
+    if use_decode_kernel(q):
+        return decode(q, k, v, index, length)
+    if index is not None:
+        k, v = k[index], v[index]
     B, _, H, E = q.shape
     C, G = k.shape[1:3]
     slot = torch.arange(C, device=q.device)
@@ -313,23 +316,150 @@ def attend_cache(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
     return y.to(v.dtype).view(B, 1, H, E)
 
 
-def use_flash(q: Tensor) -> bool:
-    """Returns whether flash-attn decodes: on CUDA, in half precision, where it is installed."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and find_spec("flash_attn") is not None
+def use_decode_kernel(q: Tensor) -> bool:
+    """Returns whether decode_kernel attends."""
+    return q.is_cuda and decode_kernel is not None
 
 
-@torch.library.custom_op(f"{OPERATORS}::flash_decode", mutates_args=())  # opaque to torch.compile, so fullgraph holds
-def flash_decode(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-    """Returns what attend_cache does. q and k come rotated: flash-attn's rotary would use compacted positions."""
-    from flash_attn import flash_attn_with_kvcache
+# On GPUs one kernel of our own, since none of torch's fits. Without one, Inductor takes three that read every slot
+# there is, full or empty; flash-attn is hours of nvcc; varlen_attn wants pages of 256 slots, has no fp32, and launches
+# four kernels. This one reads a row's own slots where they lie, and no others.
+decode_kernel = None
+if find_spec("triton") is not None:  # torch for CUDA brings it
+    import triton
+    import triton.language as tl
 
-    return flash_attn_with_kvcache(q, k, v, cache_seqlens=length.to(torch.int32), causal=True)
+    @triton.jit
+    def decode_kernel(
+        q,
+        k,
+        v,
+        index,
+        length,
+        out,
+        lse,
+        q_row,
+        q_head,
+        window,
+        slot_size,
+        head_size,
+        scale,
+        SHARING: tl.constexpr,
+        E: tl.constexpr,
+        SPLITS: tl.constexpr,
+        BLOCK: tl.constexpr,
+        HEADS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
+        """Attends from the query heads of one row that share a key head to one part of its window: flash-decoding.
+
+        A program is (row, key head, part). SHARING of its HEADS lanes are query heads, E of its WIDTH are components:
+        tensor cores take no fewer than 16. Strides are in elements, a row's of q, a head's of q, of a window, of a slot
+        and of a head in it. Writes out [B, SPLITS, H, E] and lse [B, SPLITS, H], the logarithm of the weights' sum."""
+        row = tl.program_id(0).to(tl.int64)
+        group = tl.program_id(1)
+        part = tl.program_id(2)
+        n = tl.load(length + row).to(tl.int32)
+        each = tl.cdiv(n, SPLITS)
+        end = tl.minimum(n, (part + 1) * each)
+        at_window = row
+        if index is not None:
+            at_window = tl.load(index + row)
+        k += at_window * window + group * head_size
+        v += at_window * window + group * head_size
+
+        lane = tl.arange(0, HEADS)
+        e = tl.arange(0, WIDTH)
+        head = group * SHARING + lane
+        real = (lane < SHARING)[:, None] & (e < E)
+        query = tl.load(q + row * q_row + head[:, None] * q_head + e, real, 0.0)
+        best = tl.full([HEADS], -float("inf"), tl.float32)
+        total = tl.zeros([HEADS], tl.float32)
+        y = tl.zeros([HEADS, WIDTH], tl.float32)
+        for start in range(part * each, end, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            there = (slot < end)[:, None] & (e < E)
+            place = slot[:, None].to(tl.int64) * slot_size + e
+            keys = tl.load(k + place, there, 0.0)
+            score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+            score = tl.where(slot < end, score, -float("inf"))
+
+            # softmax so far: what came before shrinks where a better score turns up
+            better = tl.maximum(best, tl.max(score, 1))
+            weight = tl.exp(score - better[:, None])
+            shrink = tl.exp(best - better)
+            best = better
+            total = total * shrink + tl.sum(weight, 1)
+            values = tl.load(v + place, there, 0.0)
+            y = y * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+
+        # a part may be empty, and then weighs nothing
+        H = tl.num_programs(1) * SHARING
+        heads = (row * SPLITS + part) * H + head
+        y = y / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out + heads[:, None] * E + e, y.to(out.dtype.element_ty), real)
+        tl.store(lse + heads, best + tl.log(total), lane < SHARING)
 
 
-@flash_decode.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-    return torch.empty_like(q)
+def decode(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, length: Tensor) -> Tensor:
+    """Returns what attend_cache does, by decode_kernel."""
+    B, _, _, E = q.shape
+    C, G = k.shape[1:3]
+    # few rows would leave most of a GPU idle, so they split their windows, but not below 256 slots
+    splits = min(math.ceil(C / 256), max(1, 128 // (B * G)))
+    out, lse = decode_parts(q, k, v, index, length, splits)
+    if splits > 1:
+        weight = lse.softmax(1)[..., None]
+        out = (out * weight).sum(1, keepdim=True)
+    return out.to(q.dtype)
+
+
+@torch.library.custom_op(f"{OPERATORS}::decode_parts", mutates_args=())  # opaque to torch.compile, so fullgraph holds
+def decode_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor | None,
+    length: Tensor,
+    splits: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns attention to each of `splits` parts of the windows, [B, splits, H, E], fp32 where there are several, and
+    the logarithms of the sums of their weights, fp32 [B, splits, H]."""
+    out, lse = empty_parts(q, splits)
+    B, _, H, E = q.shape
+    G = k.size(2)
+    strides = q.stride(0), q.stride(2), *k.stride()[:3]
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        decode_kernel[B, G, splits](
+            *(q, k, v, index, length, out, lse),
+            *strides,
+            scale=E**-0.5,
+            SHARING=H // G,
+            E=E,
+            SPLITS=splits,
+            BLOCK=64 if E <= 128 else 32,  # slots at a time: keys and values of two times fit the shared memory
+            HEADS=max(16, next_power_of_2(H // G)),
+            WIDTH=max(16, next_power_of_2(E)),
+            num_stages=2,
+        )
+    return out, lse
+
+
+@decode_parts.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, length: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    return empty_parts(q, splits)
+
+
+def empty_parts(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Returns memory for the results of decode_parts."""
+    B, _, H, E = q.shape
+    dtype = torch.float32 if splits > 1 else q.dtype
+    return q.new_empty(B, splits, H, E, dtype=dtype), q.new_empty(B, splits, H, dtype=torch.float32)
+
+
+def next_power_of_2(n: int) -> int:
+    """Returns the smallest power of 2 that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

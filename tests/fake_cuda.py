@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,8 +27,11 @@ import torch._functorch.config
 import torch._inductor.config
 import torch._inductor.fx_passes.joint_graph
 import torch.nn.functional as F
+from torch import Tensor
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -45,10 +49,29 @@ H100 = SimpleNamespace(
     L2_cache_size=50 * 2**20,
     gcnArchName="",
 )
-# Without a guard for it, torch refuses every operator on "cuda". This one does nothing.
+# Without a guard for it, torch refuses every operator on "cuda", and without hooks the backward pass. These do nothing.
 GUARD = """
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
+
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  c10::Stream getStream(c10::Device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, c10::Device(c10::DeviceType::CUDA, 0));
+  }
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+
+namespace at {
+struct Hooks : CUDAHooksInterface {
+  Hooks(CUDAHooksArgs) {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return false; }
+  DeviceIndex deviceCount() const override { return 1; }
+};
+C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
+}
 """
 
 
@@ -60,16 +83,24 @@ class Written(Exception):
         self.code = code
 
 
+def build_guard(directory: str | Path) -> Path:
+    """Compiles the device guard and the hooks, and returns the library. Torch asks for hooks once, when it is imported:
+    a process that is to run a backward pass must have the library in LD_PRELOAD."""
+    lib = Path(torch.__file__).parent / "lib"
+    source = Path(directory, "guard.cpp")
+    library = Path(directory, "guard.so")
+    source.write_text(GUARD)
+    flags = ["-shared", "-fPIC", "-std=c++20", f"-I{lib.parent / 'include'}"]
+    flags += [f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+    subprocess.run([os.environ.get("CXX", "c++"), source, "-o", library, *flags], check=True)
+    return library
+
+
 def load_guard() -> None:
-    """Compiles and loads the device guard."""
-    home = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory, "guard.cpp")
-        library = Path(directory, "guard.so")
-        source.write_text(GUARD)
-        flags = ["-shared", "-fPIC", "-std=c++20", f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10"]
-        subprocess.run([os.environ.get("CXX", "c++"), source, "-o", library, *flags], check=True)
-        ctypes.CDLL(str(library))
+    """Compiles and loads the device guard, unless it is there."""
+    if "guard.so" not in os.environ.get("LD_PRELOAD", ""):
+        with tempfile.TemporaryDirectory() as directory:
+            ctypes.CDLL(str(build_guard(directory)))
 
 
 def mock_device() -> None:
@@ -154,6 +185,7 @@ def count_launches(function: Callable, *args) -> Counter:
     """Returns how many kernels function(*args) launches: "triton", "matmul" and "other" (attention, sorts)."""
     code = write_code(function, *args)
     body = code[code.index("def call(") :]
+    body = re.sub(r"#.*", "", body)
     found = Counter()
     for line in body.splitlines():
         if re.match(r"\s*triton_\w+\.run\(", line):
@@ -163,3 +195,88 @@ def count_launches(function: Callable, *args) -> Counter:
         elif re.search(r"\btorch\.ops\.[\w.]+\(", line):
             found["other"] += 1
     return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CUDA graphs, of real tensors on CPUs
+
+
+class Outside:
+    """A tensor that a graph reads and did not make. Whoever owns it must keep it, or its memory is soon another's."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = weakref.ref(tensor)
+
+    def find(self) -> Tensor:
+        tensor = self.tensor()
+        assert tensor is not None, "a graph reads a tensor that is gone"
+        return tensor
+
+
+class Recording(TorchDispatchMode):
+    """torch.cuda.graph(graph) on tensors of any device: operations are noted for graph.replay(), and what they write is
+    undone. What a CUDA graph cannot hold, reading a number or sending one, is an error."""
+
+    def __init__(self, graph: "Graph", **options):
+        super().__init__()
+        graph.options = options
+        self.graph = graph
+        self.before: dict[int, tuple] = {}
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        waits = ("aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero")
+        assert op.name() not in waits, f"{op} is a host sync"
+        if op._schema.is_mutable:
+            for x in tree_leaves((args, kwargs)):
+                if isinstance(x, Tensor):
+                    storage = x.untyped_storage()
+                    self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        noted = tree_map(self.note, (args, kwargs))
+        out = op(*args, **kwargs)
+        self.made |= {id(x) for x in tree_leaves(out)}
+        self.graph.operations.append((op, *noted, out))
+        return out
+
+    def note(self, x):
+        return Outside(x) if isinstance(x, Tensor) and id(x) not in self.made else x
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for storage, content in self.before.values():
+            storage.copy_(content)
+
+
+class Graph:
+    """torch.cuda.CUDAGraph: the same operations on the same memory."""
+
+    made: list["Graph"] = []
+
+    def __init__(self):
+        self.operations: list[tuple] = []
+        self.options: dict = {}
+        self.replays = 0
+        Graph.made.append(self)
+
+    def replay(self):
+        self.replays += 1
+        for op, args, kwargs, out in self.operations:
+            args, kwargs = tree_map(lambda x: x.find() if isinstance(x, Outside) else x, (args, kwargs))
+            results = tree_leaves(op(*args, **kwargs))
+            for old, new in zip(tree_leaves(out), results, strict=True):
+                if (
+                    isinstance(old, Tensor) and old.data_ptr() != new.data_ptr()
+                ):  # neither a view of what it was given nor written in place
+                    old.copy_(new)
+
+
+def replace_graphs(monkeypatch) -> list[Graph]:
+    """Lets CUDA graphs be recorded here, and returns the list of those that will be."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(Graph, "made", [])
+    return Graph.made

@@ -5,8 +5,6 @@ reference); after an overflow it is tests/reference.py with as many slots as the
 """
 
 import math
-import sys
-import types
 import warnings
 
 import pytest
@@ -19,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import ops
 from model import MoR, MoRConfig
 
 EXPERT = dict(n_recursion=3, router="expert")
@@ -522,84 +519,6 @@ def test_compiled_decoding_of_one_row_equals_the_full_forward(name, backend, com
         assert_rows_equal(cached(model, idx, [length], cache, prefill, decode), expected, [length])
     assert products[0] > 0 and products[1:] == [0, 0]  # five tokens, decoding, a prompt of one
     assert not compiler["graph_break"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# flash-attn
-
-
-def stand_in(calls: list):
-    """flash_attn_with_kvcache of flash-attn 2.8.3, in loops: its signature, and what it demands of its arguments."""
-
-    def flash_attn_with_kvcache(
-        q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-        cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
-        window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
-        return_softmax_lse=False,
-    ):  # fmt: skip
-        (B, one, H, E), (Bk, C, G, Ek) = q.shape, k_cache.shape
-        assert (one, Bk, Ek) == (1, B, E) and v_cache.shape == k_cache.shape and H % G == 0
-        assert q.dtype == k_cache.dtype == v_cache.dtype
-        assert q.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == 1
-        assert cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == (B,)
-        assert 1 <= int(cache_seqlens.min()) and int(cache_seqlens.max()) <= C
-        # keys are in the cache, and rotated by their original positions: flash-attn must do neither again
-        assert all(a is None for a in (k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table))
-        assert all(a is None for a in (softmax_scale, alibi_slopes)) and window_size == (-1, -1) and softcap == 0.0
-        assert causal and not return_softmax_lse
-        calls.append(cache_seqlens.tolist())
-        out = torch.empty_like(q)
-        for b in range(B):
-            n = int(cache_seqlens[b])
-            for h in range(H):
-                keys, values = (t[b, :n, h // (H // G)].float() for t in (k_cache, v_cache))
-                out[b, 0, h] = ((keys @ q[b, 0, h].float()) / E**0.5).softmax(0) @ values
-        return out
-
-    return flash_attn_with_kvcache
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "expert", "token-share"])
-def test_flash_attention_decodes_what_torch_does(name, compiled, monkeypatch, compiler):
-    """Every layer of every recursion goes to flash-attn, with the rows' own lengths, and gives the same logits."""
-    model = model_of(name)  # fp32, which the stand-in takes, so that logits can be compared
-    c, calls = model.config, []
-    idx, _ = make_batch(c, B=3, T=T)
-    lengths = torch.tensor([5, 12, 1])
-    expected, plain = [], model.make_cache(3, T)
-    model.prefill(idx[:, :12], lengths, plain)
-    for t in range(12, 16):
-        expected.append(model.decode(idx[:, t], plain))
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_with_kvcache = stand_in(calls)
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr("ops.use_flash", lambda q: True)
-    decode = (
-        torch.compile(model.decode, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else model.decode
-    )
-    cache = model.make_cache(3, T)
-    model.prefill(idx[:, :12], lengths, cache)
-    for t in range(12, 16):
-        torch.testing.assert_close(decode(idx[:, t], cache), expected[t - 12], atol=1e-4, rtol=0)
-    assert len(calls) == 4 * c.n_layer  # every recursion is computed, and masked
-    assert calls[0] == [6, 13, 2] and calls[-1] == [9, 16, 5]  # first layer, first step; last layer, last step
-    if name == "expert":  # the last recursion attends to the tokens that ran it
-        assert calls[-2] == [max(1, n) for n in cache.fill[-1].tolist()]
-
-
-def test_flash_attention_is_for_half_precision_on_cuda_where_installed(monkeypatch):
-    class Query:  # as much of a tensor as the choice reads
-        def __init__(self, is_cuda, dtype):
-            self.is_cuda, self.dtype = is_cuda, dtype
-
-    found = {"flash_attn": object()}
-    monkeypatch.setattr("ops.find_spec", found.get)
-    assert ops.use_flash(Query(True, torch.bfloat16)) and ops.use_flash(Query(True, torch.float16))
-    assert not ops.use_flash(Query(True, torch.float32))
-    assert not ops.use_flash(Query(False, torch.bfloat16))
-    found.clear()
-    assert not ops.use_flash(Query(True, torch.bfloat16))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

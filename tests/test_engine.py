@@ -6,12 +6,9 @@ from collections import Counter
 import pytest
 import torch
 from conftest import make_model, tiny
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import engine as engine_file
 from engine import Engine
-from generate import Decoder, Graphs, generate
 from model import MoR
 
 VARIANTS = {
@@ -302,100 +299,3 @@ def test_two_thousand_requests_with_cancellations_lose_no_seat_and_change_no_tok
         assert request.status == "cancelled" or request.tokens == tokens
         done += request.status == "done"
     assert 2000 - done == cancelled["waiting"] + cancelled["running"]
-
-
-# ---- CUDA graphs, by a stand-in
-
-
-class Recording(TorchDispatchMode):
-    """torch.cuda.graph(graph) on tensors of any device: operations are noted for graph.replay(), and what they write is
-    undone. What a CUDA graph cannot hold, reading a number or sending one, is an error."""
-
-    def __init__(self, graph: "Graph"):
-        super().__init__()
-        self.graph, self.before = graph, {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        assert op.name() not in ("aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero"), (
-            f"{op} is a host sync"
-        )
-        kwargs = kwargs or {}
-        if op._schema.is_mutable:
-            for x in tree_leaves((args, kwargs)):
-                if isinstance(x, torch.Tensor):
-                    storage = x.untyped_storage()
-                    self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
-        out = op(*args, **kwargs)
-        self.graph.operations.append((op, args, kwargs, out))
-        return out
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        for storage, content in self.before.values():
-            storage.copy_(content)
-
-
-class Graph:
-    """torch.cuda.CUDAGraph: the same operations on the same memory."""
-
-    made: list["Graph"] = []
-
-    def __init__(self):
-        self.operations, self.replays = [], 0
-        Graph.made.append(self)
-
-    def replay(self):
-        self.replays += 1
-        for op, args, kwargs, out in self.operations:
-            results = tree_leaves(op(*args, **kwargs))
-            for old, new in zip(tree_leaves(out), results, strict=True):
-                if old.data_ptr() != new.data_ptr():  # neither a view of what it was given nor written in place
-                    old.copy_(new)
-
-
-@pytest.fixture
-def cuda_graphs(monkeypatch) -> list[Graph]:
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Recording)
-    monkeypatch.setattr(Graph, "made", [])
-    return Graph.made
-
-
-@pytest.mark.parametrize("name", ["vanilla", "expert", "token-share"])
-def test_decoding_on_cuda_plays_back_one_graph_per_step(cuda_graphs, name):
-    model = model_of(name)
-    prompts, others = [[1, 2, 3], [4], [5] * 20], [[9] * 11, [3, 2]]
-    decoder = Decoder(model, 3, MAX_LEN, slack=4, compile=False, early_exit=False)
-    decoder.graphs = Graphs(True, False, torch.device("cuda"))
-    for batch, options in ((prompts, {}), (others, {}), (prompts, dict(temperature=1.0, seed=7))):
-        ours = generate(model, batch, 12, decoder=decoder, **options)
-        assert ours[:3] == generate(model, batch, 12, slack=4, compile=False, **options)[:3]
-    greedy, drawn = cuda_graphs  # none for prefill, whose lengths vary
-    assert greedy.replays == 2 * 12 - 1 and drawn.replays == 12 - 1  # the first step compiled
-
-
-def test_early_exit_on_cuda_is_not_played_back(cuda_graphs):
-    """Its stages hand over a State, whose tensors are of one step."""
-    model = model_of("expert")
-    decoder = Decoder(model, 2, MAX_LEN, slack=4, compile=False, early_exit=True)
-    decoder.graphs = Graphs(True, False, torch.device("cuda"))
-    for prompts in ([[1, 2, 3], [4]], [[9] * 11, [3, 2]]):
-        expected = generate(model, prompts, 12, slack=4, compile=False)
-        assert generate(model, prompts, 12, decoder=decoder)[:3] == expected[:3]
-    assert not cuda_graphs
-
-
-@pytest.mark.parametrize("name", ["vanilla", "expert", "expert-aux-share", "token"])
-def test_serving_on_cuda_plays_back_a_graph_per_stage(cuda_graphs, name):
-    model = model_of(name)
-    options = dict(slots=7, width=4, max_len=MAX_LEN, turn_width=3, slack=0.6, compile=False)
-    engine, eager = Engine(model, **options), Engine(model, **options)
-    engine.graphs = Graphs(True, False, torch.device("cuda"))
-    ours, theirs = (some_requests(model, e, 12, seed=2) for e in (engine, eager))
-    engine.run()
-    eager.run()
-    assert [(r.tokens, r.depth, r.overflow) for r in ours] == [(r.tokens, r.depth, r.overflow) for r in theirs]
-    stages = Counter((run.stage, run.stage == "prefill" and run.rows > 1) for run in engine.history)
-    assert len(stages) == len(engine.graphs) >= 3  # prompts of one length: alone, and several at once
-    assert sorted(graph.replays for graph in cuda_graphs) == sorted(n - 1 for n in stages.values() if n > 1)

@@ -6,6 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import bench
 import ops
 
 
@@ -64,7 +65,91 @@ def test_attend_cache(compiled, compiler):
     function = ops.attend_cache
     if compiled:
         function = torch.compile(function, fullgraph=True, dynamic=False)
-    torch.testing.assert_close(function(q, k, v, length), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(function(q, k, v, None, length), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attend_cache_reads_windows_by_index():
+    q, buffer = draw_normal(2, 1, 4, 6, dtype=torch.float32), draw_normal(3, 11, 2, 6, seed=1, dtype=torch.float32)
+    windows = buffer.as_strided((3 * 11 - 7 + 1, 7, 2, 6), (12, 12, 6, 1))
+    index, length = torch.tensor([26, 8]), torch.tensor([7, 4])  # the last window there is; one in two rows
+    taken = buffer.flatten(0, 1)
+    taken = torch.stack([taken[26:33], taken[8:15]])
+    ours = ops.attend_cache(q, windows, windows, index, length)
+    torch.testing.assert_close(ours, ops.attend_cache(q, taken, taken, None, length))
+
+
+# ---- the kernel of GPUs, by Triton's interpreter: in a process of its own, as Triton reads the variable once
+
+KERNEL_CASES = [  # rows, query and key heads, their width, slots, parts
+    (3, 4, 2, 6, 11, 1),
+    (2, 15, 5, 64, 150, 1),
+    (2, 6, 2, 64, 300, 3),
+    (1, 4, 4, 24, 70, 5),
+]
+
+
+def run_decode_kernel() -> dict[str, float]:
+    """Returns the largest difference from `attend` by case: rows of all lengths, windows of their own and by index."""
+    differences = {}
+    for dtype in (torch.float32, torch.float16):
+        for B, H, G, E, C, splits in KERNEL_CASES:
+            q = draw_normal(B, 1, H + G, E, dtype=dtype)[:, :, :H]  # as the model's: a part of something wider
+            k, v = draw_normal(2, B, C + 5, G, E, seed=1, dtype=dtype)
+            length = torch.tensor([C, 1, C // 2])[:B]
+            mask = (torch.arange(C) < length[:, None])[:, None, None]
+            rows = k[:, 2 : C + 2], v[:, 2 : C + 2]
+
+            # by index, the rows in the other order
+            index = torch.arange(B).flip(0) * (C + 5) + 2
+            shape, stride = (B * (C + 5) - C + 1, C, G, E), (G * E, G * E, E, 1)
+            windows = k.as_strided(shape, stride), v.as_strided(shape, stride)
+            for name, keys, at in (("rows", rows, None), ("windows", windows, index)):
+                out, lse = ops.decode_parts(q, *keys, at, length, splits)
+                y = (out * lse.softmax(1)[..., None]).sum(1, keepdim=True).float()
+                own = rows if at is None else (rows[0].flip(0), rows[1].flip(0))
+                expected = ops.attend(q.float(), own[0].float(), own[1].float(), mask)
+                case = f"{dtype}, {B, H, G, E, C, splits}, {name}"
+                differences[case] = (y - expected).abs().max().item()
+    return differences
+
+
+def test_decode_kernel_is_attention_to_the_slots_of_a_row():
+    pytest.importorskip("triton")
+    differences = bench.run_in_fresh_process(run_decode_kernel, env={"TRITON_INTERPRET": "1"})
+    assert len(differences) == 4 * len(KERNEL_CASES)
+    for case, difference in differences.items():
+        assert difference < (1e-5 if "float32" in case else 2e-3), case  # nan fails too
+
+
+def assemble_decode_kernel() -> dict[str, str]:
+    """Returns the code for an H100 by case."""
+    from fake_cuda import mock_compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    mock_compiler()
+    code = {}
+    for dtype, E, splits, indexed in (("bf16", 64, 1, True), ("fp32", 128, 4, False)):
+        types = dict(q=f"*{dtype}", k=f"*{dtype}", v=f"*{dtype}", index="*i64", length="*i64", out=f"*{dtype}")
+        types |= dict(lse="*fp32", q_row="i32", q_head="i32", window="i32", slot_size="i32", head_size="i32")
+        fixed = dict(SHARING=3, E=E, SPLITS=splits, BLOCK=64, HEADS=16, WIDTH=E)
+        if splits > 1:
+            types["out"] = "*fp32"
+        if not indexed:
+            types["index"] = "constexpr"
+            fixed["index"] = None
+        signature = types | dict(scale="fp32") | dict.fromkeys(fixed, "constexpr")
+        source = ASTSource(ops.decode_kernel, signature, fixed)
+        code[dtype] = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_stages=2)).asm["ptx"]
+    return code
+
+
+def test_decode_kernel_assembles_for_a_gpu():
+    pytest.importorskip("triton")
+    code = bench.run_in_fresh_process(assemble_decode_kernel, env={})
+    for ptx in code.values():
+        assert ".target sm_90" in ptx and ".local" not in ptx  # nothing spills to memory
+    assert "mma.sync" in code["bf16"]  # by tensor cores
 
 
 def test_compact_take_and_take_rows():
