@@ -99,7 +99,8 @@ class Layer(nn.Module):
         h = self.attn_norm(x)
         if context.projects:
             qkv = linears(h, self.wq, self.wk, self.wv)
-            qk, v = qkv.view(B, K, H + 2 * G, E).split((H + G, G), dim=2)
+            heads = qkv.view(B, K, H + 2 * G, E)
+            qk, v = heads.split((H + G, G), dim=2)
             q, k = self.prepare_heads(qk, rope).split((H, G), dim=2)
         else:  # kv="share": the keys and values of recursion 0 are used again
             q = linears(h, self.wq).view(B, K, H, E)
@@ -160,8 +161,8 @@ class Shared:
 class Cached:
     """Decoding: the one token of a row takes a slot of the cache and attends to all slots up to it.
 
-    r: the recursion whose slots these are, int or [B, 1]; None where a layer keeps every token. used [B, 1]: slots
-    filled before this token. live [B, 1] bool: rows whose token takes one. projects: whether the token has a K/V."""
+    r: whose slots these are, int or [B, 1]; None where a layer keeps every token. used [B, 1]: slots filled before.
+    live [B, 1] bool: rows whose token takes one. projects: whether the token has a K/V."""
 
     def __init__(self, cache: "KVCache", layer: int, r: Any, used: Tensor, live: Tensor, projects: bool = True):
         self.cache = cache
@@ -194,7 +195,8 @@ class Router(nn.Module):
         D = config.d_model
         self.net = nn.Linear(D, out, bias=False)
         if config.router_arch != "linear":
-            up, down = nn.Linear(D, 2 * D, bias=False), nn.Linear(2 * D, out, bias=False)
+            up = nn.Linear(D, 2 * D, bias=False)
+            down = nn.Linear(2 * D, out, bias=False)
             self.net = nn.Sequential(up, nn.GELU(), down)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -304,7 +306,7 @@ class MoR(nn.Module):
         self.block = nn.ModuleList(Layer(c) for _ in range(c.n_block))
         self.last = Layer(c) if c.n_unshared else None
         self.norm = RMSNorm(c.d_model, c.norm_eps)
-        self.lm_head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.lm_head = None if c.tie_embeddings else Matrix(c.d_model, c.vocab_size)
         if c.gated:
             self.routers = nn.ModuleList(Router(c, 1) for _ in range(c.n_recursion))
         if c.causality == "aux_router":
@@ -346,7 +348,6 @@ class MoR(nn.Module):
             x, _ = self.first(x, self.rope[p.position], context)
         active = torch.ones_like(idx, dtype=torch.bool) if p.valid is None else p.valid
         s = State(x, active, depth=torch.zeros_like(idx))
-
         c = self.config
         if c.router == "token":
             func, alpha = c.gate
@@ -438,7 +439,6 @@ class MoR(nn.Module):
             x = y
         else:  # token choice replaces the stream, and gates once, when the token leaves
             x = torch.where(s.active[..., None], y, s.x)
-
         if p.cache is not None and c.own_kv:
             p.cache.count(p.cache.fill, (r, p.cache.row), s.active)
         keeps = not (c.own_kv or p.decoding) and r == 0
@@ -554,8 +554,11 @@ class MoR(nn.Module):
             loss, losses = self.losses(h, logits, targets, s, p)
         depth, choice, router = s.depth, s.choice, self.router_logits(s)
         if valid is not None:  # back to where the tokens stood; zeros at padding
-            logits, h, router = (take_rows(x, slot, index) for x in (logits, h, router))
-            depth, choice = take(depth, slot, 0), take(choice, slot, 0)
+            logits = take_rows(logits, slot, index)
+            h = take_rows(h, slot, index)
+            router = take_rows(router, slot, index)
+            depth = take(depth, slot, 0)
+            choice = take(choice, slot, 0)
         refused = [d.wanted.sum() - d.active.sum() for d in s.decisions]
         dropped = sum(refused, depth.new_zeros(()))
         return Output(logits, loss, losses, depth, router, dropped, choice, h if return_hidden else None)
@@ -596,7 +599,6 @@ class MoR(nn.Module):
             total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             lm = total / (targets != -100).sum().clamp(min=1)
         terms = {"lm": (1.0, lm)}
-
         if c.router == "expert" and p.topk:
             terms |= self.expert_losses(s.decisions)
         if c.router == "token":
@@ -679,7 +681,6 @@ class MoR(nn.Module):
         position = torch.arange(P, device=idx.device)[None]
         valid = position < lengths[:, None]
         p = Pass(position, slots, room, cache.max_depth, cache.threshold, valid=valid, cache=cache)
-
         row, last = cache.every_row, lengths[:, None] - 1
         s = self.enter(idx, p)
         for r in range(p.max_depth):
@@ -755,9 +756,8 @@ class MoR(nn.Module):
     ) -> float:
         """Returns forward FLOPs per token of a sequence of T: 2 per weight, and the causal half of attention.
 
-        Where k of T tokens run a recursion, weights cost k/T, attention (k/T)^2, or k/T with kv="share", whose later
-        recursions project no K/V. k is what capacity admits, or `fractions` give k/T. convention="paper" counts the K/V
-        projections at full width, as if there were no grouped queries: only so do the paper's figures come out."""
+        Where k of T tokens run a recursion (by capacity, or by `fractions`), weights cost k/T, attention (k/T)^2, or
+        k/T with shared K/V. convention="paper" counts K/V projections at full width: so do its figures come out."""
         if convention not in ("exact", "paper"):
             raise ValueError(f"convention={convention!r} must be 'exact' or 'paper'")
         c = self.config
