@@ -68,7 +68,7 @@ from config import PRESETS, MoRConfig
 from engine import Engine
 from generate import Decoder, Graphs, generate
 from model import MoR
-from train import DTYPES, TrainConfig, make_optimizer, matmul_peak
+from train import DTYPES, TrainConfig, make_optimizer, matmul_peak, plan_memory
 
 KINDS = {
     "vanilla": {},
@@ -419,17 +419,6 @@ def print_table(rows: list[dict], columns: str) -> None:
 # cost
 
 
-def estimate_activations(c: MoRConfig, B: int, T: int) -> int:
-    """Returns about how many bytes the compiled forward keeps for the backward pass under bf16 autocast."""
-    stream = 2 * 4 * c.d_model  # fp32, before attention and before the MLP
-    inner = 2 * (
-        4 * c.d_model + 2 * c.n_kv_head * c.head_dim + 3 * c.d_ff
-    )  # bf16: normed twice, q, attention, K, V, MLP
-    slack = c.capacity_slack if c.router == "token" else 1.0
-    passes = sum(min(1.0, slack * capacity) for capacity in c.capacities)
-    return int(B * T * (stream + inner) * (c.n_unshared + c.n_block * passes))
-
-
 def count_cost(preset: str, variant: str, T: int) -> dict[str, Any]:
     """Returns parameters, forward FLOPs per token and K/V bytes of a variant.
 
@@ -468,24 +457,12 @@ def count_cost(preset: str, variant: str, T: int) -> dict[str, Any]:
     )
 
 
-def plan_memory(row: dict, args: Namespace, fsdp: bool) -> dict[str, Any]:
-    """Returns the bytes that each device holds, and sends per step, as train.py runs: fp32 weights, gradients and AdamW
-    moments; bf16 activations and copies of the weights.
-
-    FSDP shards the first three, but holds weights and gradients whole while a step lasts: the shared block is used N
-    times, and gathering it N times would send more than it saves."""
-    P = row["params_with_embedding"]
+def plan_devices(row: dict, args: Namespace, fsdp: bool) -> dict[str, Any]:
+    """Returns the bytes that each device holds in training and serving, and sends per step."""
     n = args.devices
-    shards = n if fsdp else 1
-    whole = 4 * P if fsdp else 0
-    # what a device holds, its share or the whole
-    held = dict(
-        weights=4 * P // shards + whole,
-        gradients=4 * P // shards + whole,
-        optimizer=8 * P // shards,
-        casts=2 * P,
-        activations=estimate_activations(make_config(row["variant"], row["preset"], args.seq), args.batch, args.seq),
-    )
+    P = row["params_with_embedding"]
+    config = make_config(row["variant"], row["preset"], args.seq)
+    held = plan_memory(config, args.batch, args.seq, n if fsdp else 1)
     kv_cache = args.batch * row["kv_bytes"]
 
     return dict(
@@ -511,7 +488,7 @@ def report_cost(args: Namespace) -> dict[str, Any]:
             for key in ("flops", "flops_exact", "flops_paper", "kv_bytes"):
                 row[f"{key}_ratio"] = row[key] / group[0][key]
         rows += group
-    plans = [plan_memory(row, args, fsdp) for row in rows for fsdp in (False, True)]
+    plans = [plan_devices(row, args, fsdp) for row in rows for fsdp in (False, True)]
 
     print(
         f"forward FLOPs per token, T = {args.seq}: counted as the paper does (no head, K and V at full width), beside"
@@ -681,13 +658,11 @@ def measure_fresh_starts(config: MoRConfig, B: int, T: int, args: Namespace) -> 
         cold = run_in_fresh_process(measure_first_step, config, B, T, args, env=env)
         env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         warm = run_in_fresh_process(measure_first_step, config, B, T, args, env=env)
-    with torch.device("meta"):
-        P = MoR(config).num_params(embedding=True)
     return dict(
         first_compile=cold["start"],
         warm_start=warm["start"],
         peak_bytes=warm["peak_bytes"],
-        planned_bytes=(4 + 4 + 8 + 2) * P + estimate_activations(config, B, T),  # plan_memory's, on one device
+        planned_bytes=sum(plan_memory(config, B, T).values()),
     )
 
 

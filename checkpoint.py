@@ -625,9 +625,6 @@ def export_routed(model: MoR) -> tuple[dict, dict[str, Tensor]]:
 def make_imports_relative(source: str) -> str:
     """Returns the source of one of HUB_FILES as a module of a package, which transformers makes of a directory."""
     source = re.sub(rf"^(\s*)from ({'|'.join(HUB_FILES)}) import", r"\1from .\2 import", source, flags=re.M)
-    # transformers wants whatever is imported outside of a `try` installed, though nothing may need it
-    guarded = r"\1try:\n\1    \2\n\1finally:\n\1    pass"
-    source = re.sub(r"^( +)(from flash_attn import .*)$", guarded, source, flags=re.M)
     absent = r'\1raise ImportError("this needs checkpoint.py, which is not exported")'
     return re.sub(r"^( +)from checkpoint import .*$", absent, source, flags=re.M)
 

@@ -9,7 +9,6 @@ slots of a cache, V vocabulary.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,12 @@ import torch.ao.quantization.fx._decomposed  # defines an operator
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for CUDA brings it, torch for CPUs does not need it
+    triton = None
 
 # Of this file's custom operators. A copy that an exported model brings along is another module, in a process that may
 # have this one too, and operators are global.
@@ -325,9 +330,7 @@ def use_decode_kernel(q: Tensor) -> bool:
 # there is, full or empty; flash-attn is hours of nvcc; varlen_attn wants pages of 256 slots, has no fp32, and launches
 # four kernels. This one reads a row's own slots where they lie, and no others.
 decode_kernel = None
-if find_spec("triton") is not None:  # torch for CUDA brings it
-    import triton
-    import triton.language as tl
+if triton is not None:
 
     @triton.jit
     def decode_kernel(

@@ -98,6 +98,7 @@ STAGES = (  # (optimizer, arms, widths, which budget, seeds), most wanted first;
     ("adamw", THREE, "main", 0, (1, 2)),
     ("adamw", ("MoR-2", "recursive-2", "MoR-2 gate alone", *SMALLER), "main", 0, (0,)),
     ("adamw", ("vanilla",), "others", 0, (0,)),
+    ("adamw", ("MoR-3 auxiliary 16e-3",), "main", 0, (0, 1, 2)),
     ("adamw", HEAD, "main", 1, (0, 1, 2)),
     ("adamw", (*CONTROLS, "MoR-2"), "main", 0, (1, 2)),
     ("adamw", ("vanilla", "MoR-3", "MoR-2"), "others", 1, (0,)),
@@ -882,7 +883,7 @@ def read_flags(argv: list[str] | None):
         fail("rerun needs the key of a row, and nothing else takes one: study.py rerun KEY")
     if args.what in ("plan", "run", "rerun"):  # rows alone tell the rest
         meta = load_meta(args.data)
-        args.vocab_size = meta["vocab_size"]
+        args.vocab_size = -(-meta["vocab_size"] // 128) * 128  # as train.py makes it
         args.meta = {name: meta[name] for name in ("tokenizer", "train_tokens", "val_tokens")}
     return args
 
