@@ -217,7 +217,7 @@ def test_wrong_directories_are_named(tmp_path, monkeypatch, capsys):
         with pytest.raises(ValueError) as error:
             from_pretrained(path)
         assert message in str(error.value), path
-        if path not in (plain / "config.json", plain / "model.safetensors"):  # as sample.py and eval.py say it
+        if path.parent != plain and path != empty:  # what sample.py and eval.py say; of these two, that they are no run
             with pytest.raises(SystemExit) as stop:
                 open_model(path)
             err = capsys.readouterr().err
