@@ -118,6 +118,8 @@ def open_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | None 
     if holds_run(path):
         model, _, checkpoint = load_run(path, device, dtype)
         return model, run_tokenizer(path, checkpoint), checkpoint["config"]
+
+    # a directory of weights has no run: what can be said of data comes from its tokenizer and its config.json
     try:
         model = from_pretrained(path)
     except ValueError as e:

@@ -1533,12 +1533,7 @@ def main() -> None:
     add("--skip-bad", action="store_true", help="leave out rows that hold no text, and say how many")
     add("--max-tokens", type=parse_count, help="stop after this many train tokens")
     add("--shard-tokens", type=parse_count, default=100_000_000, help="tokens a shard (default: %(default)s)")
-    add(
-        "--dtype",
-        choices=["auto", "uint16", "uint32"],
-        default="auto",
-        help="of the ids on disk (default: by vocabulary)",
-    )
+    add("--dtype", choices=["auto", "uint16", "uint32"], default="auto", help="of ids (default: by vocabulary)")
     add("--threads", type=parse_count, default=os.cpu_count(), help="that tokenize (default: all cores)")
     add("--overwrite", action="store_true", help="replace an output directory that is already prepared")
     # the work; what goes wrong on the way is one line

@@ -174,6 +174,7 @@ def read_settings(args: Namespace, steps: int) -> tuple[dict, dict]:
 
 
 def wants_color(args: Namespace) -> bool:
+    """Returns whether --color, or a terminal, asks for colours."""
     if args.color == "auto":
         return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     return args.color == "always"
@@ -202,9 +203,9 @@ def draw_samples(decoder: Decoder, enc, ids: list[int], args: Namespace, samplin
 
 
 def continue_one(model: MoR, enc, text: str, args: Namespace) -> None:
-    """Samples of one prompt, with what was asked for beside them."""
+    """Writes samples of one prompt to standard output, the pictures that were asked for, and what it all took."""
     block = model.config.block_size
-    # what is asked for, before what takes time
+    # a request that makes no sense ends here, before anything takes time
     ids = encode(enc, text, block)
     check_request(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     batch = min(args.batch, args.samples)
@@ -347,7 +348,7 @@ def report(model: MoR, cache: KVCache, speed: str, depths: list[list[int]], over
 
 
 def run(args: Namespace) -> None:
-    """Reads the text first: a file that cannot be read should not cost the loading of a model."""
+    """Continues what the flags name. The text is read before the model, whose loading takes longer to fail."""
     records = read_records(args.prompts) if args.prompts else []
     text = read_text(args.file) if args.file else read_argument(args.prompt or "")
     device = open_device(args.device)

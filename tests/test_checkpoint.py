@@ -38,8 +38,9 @@ def write_directory(path: Path, weights: dict, form: str, config: dict | None = 
     halves = [dict(list(weights.items())[i::2]) for i in (0, 1)]
     if form == "safetensors":
         save_file(weights, path / "model.safetensors")
-    elif form == "bin":
-        torch.save(weights, path / "pytorch_model.bin")
+    elif form in ("bin", "old bin"):
+        zipped = form == "bin"  # torch before 1.6 wrote one pickle after the other
+        torch.save(weights, path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     else:
         names = [f"pytorch_model-{i:05d}-of-00002.bin" for i in (1, 2)]
         for name, half in zip(names, halves, strict=True):
@@ -57,7 +58,7 @@ def write_tokenizer(path: Path, tokens: int = 256) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", GOLDEN)
-@pytest.mark.parametrize("form", ["safetensors", "bin", "shards", "indexed"])
+@pytest.mark.parametrize("form", ["safetensors", "bin", "old bin", "shards", "indexed"])
 def test_authors_checkpoints_are_read_as_they_are(case, form, tmp_path):
     """Nothing but the directory is given: router, N_r and sharing come from names and shapes."""
     golden, _ = load_golden(case)
@@ -216,7 +217,7 @@ def test_wrong_directories_are_named(tmp_path, monkeypatch, capsys):
         with pytest.raises(ValueError) as error:
             from_pretrained(path)
         assert message in str(error.value), path
-        if path not in (plain / "config.json", plain / "model.safetensors"):  # as sample.py and eval.py say it
+        if path.parent != plain and path != empty:  # what sample.py and eval.py say; of these two, that they are no run
             with pytest.raises(SystemExit) as stop:
                 open_model(path)
             err = capsys.readouterr().err
