@@ -266,7 +266,10 @@ def test_two_thousand_requests_with_cancellations_lose_no_seat_and_change_no_tok
     """Cancelled are requests that wait, that run, and that are in flight, between steps and from within callbacks."""
     rng = random.Random(9)
     model = model_of(name)
-    kinds = [([rng.randrange(61) for _ in range(rng.choice((1, 2, 9)))], rng.randint(1, 8)) for _ in range(12)]
+    kinds = []
+    for length in (1, 2, 9) * 4:
+        prompt = [rng.randrange(61) for _ in range(length)]
+        kinds.append((prompt, rng.randint(1, 8)))
     expected = [alone(model, prompt, n, 1.25)[0] for prompt, n in kinds]
     engine = Engine(model, slots=150, width=64, max_len=MAX_LEN, turn_width=60, compile=False)
     if ahead:
