@@ -1237,6 +1237,7 @@ SMALL_KERNEL = 2.5e-6  # from launch to launch within a CUDA graph
 SKINNY_MATMUL = 5e-6  # of few rows, whose weights are less than 14 MB
 TRAINING_SPEED = 0.4 * 990e12  # the share of the peak that good trainers of this size reach
 SMALL_KERNELS_OF_A_LAYER = 7  # two norms, RoPE, cast of q, two that write K and V, SwiGLU: see `launches`
+SMALL_KERNELS_OF_ROUTING = 12  # of a turn or a block of a model with a router, its routers' products included
 
 
 def estimate_stage(c: MoRConfig, layers: int, rows: int, keys: float, head: bool = True) -> float:
@@ -1256,6 +1257,8 @@ def estimate_stage(c: MoRConfig, layers: int, rows: int, keys: float, head: bool
     if head:
         seconds += read(D * c.vocab_size, SKINNY_MATMUL) + 3 * read(4 * rows * c.vocab_size, SMALL_KERNEL)
         seconds += 45e-6 * max(1, rows / 128) + 10 * SMALL_KERNEL
+    if c.router != "none":
+        seconds += SMALL_KERNELS_OF_ROUTING * SMALL_KERNEL
     return seconds
 
 
@@ -1618,7 +1621,6 @@ def build_parser() -> Parser:
 
     gpu = commands.add_parser("gpu", parents=[common], help="checks and measures a GPU: one file to send in")
     gpu.add_argument("--minutes", type=float, default=10, help="no part begins later than this (default 10)")
-    gpu.set_defaults(device="cuda")
 
     panels = commands.add_parser("plot", help="JSON of the others -> PNG, a panel per file")
     panels.add_argument("files", nargs="+", metavar="FILE.json")
@@ -1637,6 +1639,8 @@ def read_flags(argv: list[str]) -> Namespace:
         smallest = min(value) if isinstance(value, list) else value
         if smallest < 1:
             fail(f"--{name} {value} must be at least 1")
+    if args.command == "gpu" and args.device == "auto":  # the CPU is for those who ask to see that it runs
+        args.device = "cuda"
     args.device = open_device(args.device)
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)  # events and graphs are made on the current one

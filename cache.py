@@ -70,8 +70,8 @@ class KVCache:
 
     def write_prompt(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Writes a fresh row: token i of the compacted prompt takes slot i. What is beyond `fill` is never read."""
-        at = slice(start, start + k.size(1))
-        torch._foreach_copy_([self.k[layer][:, at], self.v[layer][:, at]], [k, v])
+        self.k[layer][:, start : start + k.size(1)] = k
+        self.v[layer][:, start : start + v.size(1)] = v
 
     def write_token(self, layer: int, r: Any, slot: Tensor, live: Tensor, k: Tensor, v: Tensor) -> None:
         """Writes k and v [B, 1, G, E] to a slot [B, 1] of recursion r, in rows that are live [B, 1]."""

@@ -56,6 +56,7 @@ class Graphs(dict[tuple, Callable]):
         else:
             function, result = self.compile_and_run(function, *args)
         if self.cuda:
+            result = each(copy_tensor, result)  # a tensor may be a view of a State, which is overwritten now
             self[key] = self.record(function, args, result)
         elif self.compile:
             self[key] = function
@@ -114,8 +115,7 @@ class Graphs(dict[tuple, Callable]):
             # thread_local: what other threads of the program ask of CUDA meanwhile is no error
             with torch.cuda.graph(graph, capture_error_mode="thread_local", **self.place):
                 results = function(*inputs)
-                if type(results) is tuple:  # a tensor may be a view of a State that the next one overwrites
-                    results = each(copy_tensor, results)
+                results = each(copy_tensor, results)  # before a State is overwritten here too
                 return graph, each(self.keep_structure, results)
 
     def keep_structure(self, x: Any) -> Any:

@@ -334,18 +334,19 @@ def decode_parts(
     B, _, H, E = q.shape
     G = k.size(2)
     strides = q.stride(0), q.stride(2), *k.stride()[:3]
-    decode_kernel[B, G, splits](
-        *(q, k, v, index, length, out, lse),
-        *strides,
-        scale=E**-0.5,
-        SHARING=H // G,
-        E=E,
-        SPLITS=splits,
-        BLOCK=64 if E <= 128 else 32,  # slots at a time: keys and values of two times fit the shared memory
-        HEADS=max(16, next_power_of_2(H // G)),
-        WIDTH=max(16, next_power_of_2(E)),
-        num_stages=2,
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        decode_kernel[B, G, splits](
+            *(q, k, v, index, length, out, lse),
+            *strides,
+            scale=E**-0.5,
+            SHARING=H // G,
+            E=E,
+            SPLITS=splits,
+            BLOCK=64 if E <= 128 else 32,  # slots at a time: keys and values of two times fit the shared memory
+            HEADS=max(16, next_power_of_2(H // G)),
+            WIDTH=max(16, next_power_of_2(E)),
+            num_stages=2,
+        )
     return out, lse
 
 

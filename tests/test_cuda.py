@@ -4,6 +4,7 @@ Every path of every variant on fake CUDA tensors: nothing mixes devices, nothing
 decoding asks of its attention kernel, by a stand-in that looks at the values. CUDA graphs, by a stand-in that plays
 operations back on the memory that they were recorded with."""
 
+import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import make_batch, make_model, tiny
-from fake_cuda import Graph, build_guard, pretend, replace_graphs
+from fake_cuda import Graph, build_guard, pretend, replace_graphs, write_code
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -150,7 +151,27 @@ def test_no_path_mixes_devices_or_waits(tmp_path):
     assert faults == {}
 
 
-# ---- attention to a cache, by a stand-in for the kernel
+# ---- attention to a cache: what is compiled, and what is asked of the kernel
+
+
+def write_serving_code() -> dict[str, str]:
+    """Returns what is compiled for an H100 of a turn and of a block, 24 tokens a row."""
+    config = MoRConfig(**SIZE | dict(n_layer=5, block_size=24), n_recursion=3, router="expert")
+    args = Namespace(dtype="bf16", width=4, stages=["turn", "block"])
+    with pretend():
+        return {name: write_code(*stage) for name, stage in bench.list_stages(config, args).items()}
+
+
+def test_windows_are_read_where_they_lie():
+    pytest.importorskip("triton")
+    code = bench.run_in_fresh_process(write_serving_code, env={})
+    for name, layers in (("turn", 3), ("block", 1)):
+        body = code[name][code[name].index("def call(") :]
+        calls = re.findall(r"decode_parts\.default\((.*)\)", body)
+        views = [re.findall(r"reinterpret_tensor\(arg\d+_1, \(\d+, (\d+), 2, 16\)", call) for call in calls]
+        assert len(calls) == layers
+        assert set(map(tuple, views)) == ({("24", "24")} if name == "turn" else {("16", "16")})  # of graph inputs
+
 
 SMALL = {
     "vanilla": dict(n_layer=3),
@@ -179,6 +200,7 @@ def calls(monkeypatch) -> list[tuple]:
         assert one == 1 and k.shape == v.shape and k.size(3) == E and H % G == 0 and q.dtype == k.dtype == v.dtype
         assert q.stride(3) == k.stride(3) == v.stride(3) == 1 and k.stride() == v.stride()
         assert length.shape == (B,) and len(row) == B and splits >= 1
+        assert length.is_contiguous() and (index is None or index.is_contiguous())
         assert all(1 <= n <= C for n in length.tolist()) and all(0 <= window < windows for window in row)
         end = k.storage_offset() + (windows - 1) * k.stride(0) + C * k.stride(1)
         assert end <= k.untyped_storage().size() // k.itemsize  # no window leaves the buffer
