@@ -303,8 +303,8 @@ class Decoder:
         device = model.wte.weight.device
         self.graphs = Graphs(compile, freeze, device)
         self.depth = self.cache.max_depth
-        # Stopping when no row goes on costs a host sync per recursion: it pays where syncs are free and rows are few.
-        pays = device.type == "cpu" and batch <= 4
+        # Stopping when no row goes on costs a host sync per recursion, and pays where rows are few.
+        pays = batch <= 4
         self.early_exit = model.config.router != "none" and (pays if early_exit is None else early_exit)
 
         self.left = torch.zeros(batch, dtype=torch.long, device=device)  # tokens still to sample per row
@@ -480,7 +480,7 @@ def copy_to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     event = torch.cuda.Event()
     host.copy_(x, non_blocking=True)
-    event.record()
+    event.record(torch.cuda.current_stream(x.device))
     return host, event
 
 
