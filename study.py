@@ -42,13 +42,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import checkpoints, load_run, step_of
+from checkpoint import checkpoints, load_run, read_metrics, step_of
 from cli import Parser, fail, flag
 from eval import THRESHOLDS, flops, fractions, measure, rounded
 from model import MoR, MoRConfig
 from prepare import Shards, load_meta, load_tokenizer, tokenizer_file
 from show import token_bytes
-from train import read_metrics
 
 ROOT = Path(__file__).resolve().parent
 

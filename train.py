@@ -64,6 +64,7 @@ from checkpoint import (
     from_pretrained,
     load_run,
     read_checkpoint,
+    read_metrics,
     step_of,
     write_state,
     written_at_once,
@@ -1150,15 +1151,6 @@ def record(run: Run, row: dict) -> None:
         fail(f"cannot write {run.out / 'metrics.jsonl'}: {e.strerror}; checkpoints are intact")
     for log, _ in run.sinks:
         log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
-
-
-def read_metrics(out: Path) -> list[dict]:
-    """Rows of metrics.jsonl; a line torn by a kill is left out."""
-    rows, path = [], out / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def log_step(run: Run, stats: Tensor, seconds: float, steps: int) -> None:
