@@ -93,11 +93,11 @@ ROUTERS = ("MoR-3 token", "MoR-3 token, none dropped", "MoR-3 shared KV", "MoR-3
 SHARING = ("recursive-3 cycle", "recursive-3 sequence", "recursive-3 middle sequence")
 STAGES = (  # (optimizer, arms, widths, which budget, seeds), most wanted first; "main" is one width, "others" the rest
     ("adamw", THREE, "main", 0, (0,)),
+    ("adamw", ("MoR-3", "MoR-3 auxiliary 16e-3"), "main", 0, (0, 1, 2)),
     ("adamw", CONTROLS, "main", 0, (0,)),
     ("adamw", THREE, "main", 0, (1, 2)),
     ("adamw", ("MoR-2", "recursive-2", "MoR-2 gate alone", *SMALLER), "main", 0, (0,)),
     ("adamw", ("vanilla",), "others", 0, (0,)),
-    ("adamw", ("MoR-3 auxiliary 16e-3",), "main", 0, (0, 1, 2)),
     ("adamw", HEAD, "main", 1, (0, 1, 2)),
     ("adamw", (*CONTROLS, "MoR-2"), "main", 0, (1, 2)),
     ("adamw", ("vanilla", "MoR-3", "MoR-2"), "others", 1, (0,)),
