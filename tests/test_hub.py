@@ -236,6 +236,13 @@ def test_saved_elsewhere_and_read_here(kind, elsewhere):
         assert {file.stem for file in place.glob("*.py")} == set(checkpoint.HUB_FILES)
 
 
+def use_modules_of(directory: Path, monkeypatch) -> None:
+    """Lets transformers put the programs of exports here, as in a process that has loaded none yet."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(directory))
+
+
 @pytest.mark.parametrize("kind", ["expert", "token"])
 def test_the_harness_gives_the_same_numbers_through_transformers(kind, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
@@ -243,7 +250,7 @@ def test_the_harness_gives_the_same_numbers_through_transformers(kind, tmp_path,
     from lm_eval.models.huggingface import HFLM
 
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    use_modules_of(tmp_path / "modules", monkeypatch)
     model = write_run(tmp_path / "run", **KINDS[kind])
     checkpoint.export(str(tmp_path / "run"), tmp_path / "exported")
     enc = prepare.load_tokenizer(tmp_path / "exported")
@@ -319,7 +326,7 @@ def test_a_llama_through_every_door(tmp_path, capsys, monkeypatch):
     with torch.enable_grad():
         train.main([*map(str, argv)])
     checkpoint.export(str(tmp_path / "run"), mor)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    use_modules_of(tmp_path / "modules", monkeypatch)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     model, enc, _ = open_model(tmp_path / "run")
     assert (model.config.router, model.config.n_recursion, model.config.n_layer) == ("expert", 2, 6)

@@ -229,7 +229,7 @@ def place(stock, tmp_path, monkeypatch):
 
 def provide(program: str, args: list[str]) -> list[str]:
     """Returns arguments with names for RUN, DIR and the like, and makes the runs and the data that they name."""
-    names = dict(RUN="out/demo", DIR="exported/demo", FILE="notes.txt", NAME="mor-3")
+    names = dict(RUN="out/demo", DIR="exported/demo", DATA="data/python", FILE="notes.txt", NAME="mor-3")
     if "--init-from" in args:
         names["DIR"] = "SmolLM-360M"
     if "export" in args:
@@ -332,6 +332,11 @@ def start_bench(args: list[str], before: list[str], monkeypatch, capsys) -> None
     if args[0] == "plot":
         call("bench", *chain.from_iterable(glob.glob(word) if "*" in word else [word] for word in args))
         assert Path(args[-1]).stat().st_size > 1000
+        return
+    if args[0] == "gpu":  # here there may be none; test_bench.py runs all of it on the CPU
+        with pytest.raises(SystemExit):
+            call("bench", *args, "--device", "cuda:99")
+        assert capsys.readouterr().err.startswith("error: --device cuda:99")
         return
     for name in PRESETS if args[0] != "cost" else ():
         monkeypatch.setitem(PRESETS, name, SMALL)

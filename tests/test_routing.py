@@ -202,18 +202,25 @@ def test_tokens_without_a_slot_are_counted_and_large_slack_drops_none():
         assert model.eval()(idx, targets).dropped == 0
 
 
+def overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two contiguous tensors share memory: those of one storage need not."""
+    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+        return False
+    return x.data_ptr() < y.data_ptr() + y.nbytes and y.data_ptr() < x.data_ptr() + x.nbytes
+
+
 class Readers(TorchDispatchMode):
     """Notes whether any operation reads one of some tensors."""
 
     def __init__(self, tensors: list[Tensor]):
         super().__init__()
-        self.wanted = {t.untyped_storage().data_ptr() for t in tensors}
+        self.tensors = tensors
         self.read = False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs or {})):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self.wanted:
-                self.read = True
+            if isinstance(x, Tensor):
+                self.read |= any(overlap(x, y) for y in self.tensors)
         return op(*args, **(kwargs or {}))
 
 
