@@ -840,8 +840,9 @@ def make_llama_cpp_case(file: Path, batches: Tensor, args: Namespace) -> Callabl
     turns = iter(batches[:, 0].tolist())
 
     def feed(tokens: list[int]) -> int:
-        batch = cpp.llama_batch_get_one((cpp.llama_token * len(tokens))(*tokens), len(tokens))
-        assert cpp.llama_decode(model.ctx, batch) == 0
+        array = (cpp.llama_token * len(tokens))(*tokens)  # the batch points to it
+        status = cpp.llama_decode(model.ctx, cpp.llama_batch_get_one(array, len(tokens)))
+        assert status == 0, f"llama_decode: {status}"
         logits = cpp.llama_get_logits_ith(model.ctx, -1)
         return int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())
 
