@@ -818,17 +818,17 @@ def make_llama_cpp_case(file: Path, batches: Tensor, args: Namespace) -> Callabl
     length = batches.size(2) + args.new
     options = dict(n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False)
     model = cpp.Llama(str(file), **options)
-    context, vocab_size = model.ctx, model.n_vocab()
     turns = iter(batches[:, 0].tolist())
 
     def feed(tokens: list[int]) -> int:
-        batch = cpp.llama_batch_get_one((cpp.llama_token * len(tokens))(*tokens), len(tokens))
-        assert cpp.llama_decode(context, batch) == 0
-        logits = cpp.llama_get_logits_ith(context, -1)
-        return int(np.ctypeslib.as_array(logits, (vocab_size,)).argmax())
+        array = (cpp.llama_token * len(tokens))(*tokens)  # the batch points to it
+        status = cpp.llama_decode(model.ctx, cpp.llama_batch_get_one(array, len(tokens)))
+        assert status == 0, f"llama_decode: {status}"
+        logits = cpp.llama_get_logits_ith(model.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())
 
     def run_case():
-        cpp.llama_memory_clear(cpp.llama_get_memory(context), True)
+        cpp.llama_memory_clear(cpp.llama_get_memory(model.ctx), True)
         marks = [time.perf_counter()]
         tokens = [feed(next(turns))]
         marks.append(time.perf_counter())

@@ -171,7 +171,7 @@ def write_code(function: Callable, *args) -> str:
     mock_compiler()
     torch._dynamo.reset()
     # every index is clamped or was checked on the host, as generate.py says
-    options = {"assert_indirect_indexing": False}
+    options = {"assert_indirect_indexing": False, "split_reductions": False}  # as Graphs has them
     try:
         torch.compile(function, fullgraph=True, dynamic=False, options=options)(*args)
     except torch._dynamo.exc.BackendCompilerFailed as e:

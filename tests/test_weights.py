@@ -191,8 +191,8 @@ def test_int8_models_decode_their_own_forward(variant):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_compiled_int8_decoding(rows, compiler):
     model = make_model(tiny(n_layer=2, n_recursion=2, router="expert", sharing="cycle")).eval()
-    eager = generate(model, PROMPTS[:rows], 6, slack=4, quantize="int8", compile=False)
-    decoder = Decoder(model, rows, 24, slack=4, quantize="int8", freeze=True, early_exit=False)
+    eager = generate(model, PROMPTS[:rows], 6, quantize="int8", compile=False, slack=2.0)
+    decoder = Decoder(model, rows, 20, quantize="int8", freeze=True, early_exit=False, slack=2.0)
     for _ in range(2):
         out = generate(decoder.model, PROMPTS[:rows], 6, decoder=decoder)
         assert out.tokens == eager.tokens and out.depth == eager.depth
