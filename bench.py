@@ -1392,7 +1392,7 @@ def report_launches(args: Namespace) -> dict[str, Any]:
     """Prints how many kernels each stage launches on an H100, which need not be there. At small widths a stage takes as
     long as its launches, so this is what a GPU's time will follow."""
     if find_spec("triton") is None:
-        fail("the kernels of a GPU are written in Triton: pip install triton==3.9.0")
+        fail("the kernels of a GPU are written in Triton: pip install triton")
     rows = []
     for variant in args.variants or ["vanilla", "expert-3"]:
         config = make_config(variant, args.preset, args.new * 3 // 2, **choose_size(args))

@@ -416,13 +416,15 @@ def generate(
 
     room = [min(max_new_tokens, cache.max_len - n) for n in lengths]
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else seed
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each, or a number")
     top = min(top_k or model.config.vocab_size, model.config.vocab_size)
     temperature = min(temperature, 1e30)  # what fp32 holds
     decoder.start(prompts, room, stop_token, seed=seeds, temperature=temperature, top_p=top_p, top_k=top)
     filtered = None if temperature == 0 else top_k is not None or top_p < 1  # of three graphs, the least that serves
 
     began = time.perf_counter()
-    token = decoder.choose(prefill(decoder.graphs, model, prompts, cache), filtered)
+    token = decoder.choose(prefill(decoder.graphs, decoder.model, prompts, cache), filtered)
     depth = [row[:n] for row, n in zip(cache.depth.tolist(), lengths, strict=False)]
     log = Log(depth, stop_token, on_token or (lambda row, token, depth: None))
     for row, prompt in enumerate(prompts):

@@ -444,7 +444,7 @@ def test_every_flag_that_the_documents_name_exists(capsys):
         flags |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     flags |= {"--local-dir", "--standalone", "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend"}
     flags |= {"--rdzv-endpoint", "--rdzv-id", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--signal"}
-    flags |= {"--requeue"}  # torchrun's, sbatch's and hf's
+    flags |= {"--requeue", "--model", "--model_args", "--gen_kwargs"}  # torchrun's, sbatch's, hf's and lm_eval's
     for name in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / name).read_text()))
         assert named <= flags, f"{name}: {sorted(named - flags)}"
