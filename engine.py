@@ -434,13 +434,24 @@ class Engine:
         self.launch("turn", requests, start, result, lambda result: self.take_turn(requests, given, result))
 
     def take_turn(self, requests: list[Request], given: list[int], result: list[list[int]]) -> None:
+        """Takes in what a turn sampled. If somebody's on_token raises, that request fails, all others go on, and then
+        the first error is raised."""
+        errors = []
         for request, entered, (token, depth, overflow, more) in zip(requests, given, result, strict=False):
             if entered < 0 and request.status == "running":
                 request.depth.append(depth)
                 request.overflow = overflow
-                self.take_token(request, token)
+                try:
+                    self.take_token(request, token)
+                except BaseException as e:
+                    errors.append(e)
+                    self.cancel(request)
+                    request.status = "failed"
+                    request.error = f"on_token: {e!r}"
             request.recursion = 0
             self.queue(request, more)
+        if errors:
+            raise errors[0]
 
     def queue(self, request: Request, more: bool) -> None:
         """Lets a request wait for the block if it runs one recursion more, else for a turn, unless it is over."""

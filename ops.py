@@ -51,6 +51,11 @@ class Matrix(nn.Linear):
         self.joined = None  # what is moved or cast gets memory of its own
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("assign_to_params_buffers"):  # so does what is replaced, which a compiler could not see
+            self.joined = None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def quantize(self) -> None:
         """Makes the weight int8, symmetric, with a scale for each output."""
         weight = self.weight.detach().float()
@@ -410,7 +415,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, length: Tensor
     C, G = k.shape[1:3]
     # few rows would leave most of a GPU idle, so they split their windows, but not below 256 slots
     splits = min(math.ceil(C / 256), max(1, 128 // (B * G)))
-    out, lse = decode_parts(q, k, v, index, length, splits)
+    out, lse = decode_parts(q.to(k.dtype), k, v, index, length, splits)  # under autocast they may differ
     if splits > 1:
         weight = lse.softmax(1)[..., None]
         out = (out * weight).sum(1, keepdim=True)

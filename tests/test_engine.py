@@ -247,6 +247,25 @@ def test_prompts_of_others_do_not_hold_up_a_token_for_long(allowed, in_a_row):
     assert worst == in_a_row and all(request.status == "done" for request in requests)
 
 
+@pytest.mark.parametrize("name", ["vanilla", "expert"])
+def test_a_callback_that_raises_fails_its_own_request_alone(name):
+    model = model_of(name)
+    engine = Engine(model, slots=3, width=3, max_len=MAX_LEN, compile=False)
+
+    def complain(request, token):
+        if len(request.tokens) == 2:
+            raise KeyError(token)
+
+    first, others = engine.submit([1, 2], 6, on_token=complain), [engine.submit([3], 6), engine.submit([4, 5], 6)]
+    with pytest.raises(KeyError):
+        engine.run()
+    engine.run()
+    assert first.status == "failed" and "KeyError" in first.error and len(first.tokens) == 2
+    for request in others:
+        assert request.status == "done" and request.tokens == alone(model, request.prompt, 6, 1.25)[0]
+    assert sorted(engine.free) == [0, 1, 2]
+
+
 def test_equal_requests_are_two():
     """Cancelling one of them leaves the other in the queue."""
     engine = Engine(model_of("vanilla"), slots=1, width=1, max_len=MAX_LEN, compile=False)

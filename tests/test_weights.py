@@ -114,6 +114,17 @@ def test_changed_models_do_not_compute_with_stale_weights(variant, change):
     torch.testing.assert_close(full_logits(model, PROMPTS[1]), full_logits(twin, PROMPTS[1]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["vanilla", "expert, share"])
+def test_a_graph_compiled_after_an_assignment_has_the_new_weights(variant):
+    model = make_model(tiny(**VARIANTS[variant])).eval()
+    prepare_weights(model)
+    load_others(model, assign=True)
+    idx = torch.tensor([[3, 1, 4, 1, 5]])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(idx).logits, make_model(model.config, seed=2).eval()(idx).logits)
+
+
 @pytest.mark.parametrize("variant", ["vanilla", "expert"])
 def test_copies_of_a_joined_model_are_not_joined(variant, compiler):
     model = prepare_weights(make_model(tiny(**VARIANTS[variant])).eval())
