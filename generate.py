@@ -352,22 +352,23 @@ class Decoder:
         return self.leave(s, p, filtered)
 
     def enter(self, token: Tensor) -> tuple[State, Pass]:
-        """Embedding, first layer and recursion 0 of a token per row; a row that was fed its stop token is idle."""
+        """Runs embedding, first layer and recursion 0 of a token per row; a row fed its stop token is idle."""
         p = self.model.decode_pass(torch.where(token == self.stop, -1, token), self.cache)
         s = self.model.route(0, self.model.decode_enter(token, p), p)
         return self.recurse(0, s, p), p
 
     def recurse(self, r: int, s: State, p: Pass) -> State:
-        """Recursion r, and the decision on the next one."""
+        """Runs recursion r, and decides on the next one."""
         s = self.model.recurse(r, s, p)
         return self.model.go_on(r, s, p) if r + 1 < self.depth else s
 
     def leave(self, s: State, p: Pass, filtered: bool | None) -> tuple[Tensor, Tensor]:
-        """Last layer, head and sampling -> the next tokens [B], depths of those that leave [B]."""
+        """Runs last layer and head, and samples -> the next tokens [B], depths of those that leave [B]."""
         logits = self.model.decode_leave(s, p)
         return torch.where(p.valid[:, 0], self.choose(logits, filtered), -1), s.depth[:, 0]
 
     def turn(self, s: State, p: Pass, filtered: bool | None) -> tuple[Tensor, Tensor, State, Pass]:
+        """Lets rows leave, and enters what they sampled -> the tokens, depths, and the new state and pass."""
         token, depth = self.leave(s, p, filtered)
         return token, depth, *self.enter(token)
 

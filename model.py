@@ -341,7 +341,7 @@ class MoR(nn.Module):
         return self.leave(s, p), s
 
     def enter(self, idx: Tensor, p: Pass) -> State:
-        """Embedding and first layer, and the depth of each token where that is chosen once."""
+        """Embeds, runs the first layer, and chooses the depth of each token where that is chosen once."""
         x = self.wte(idx).float()
         if self.first is not None:
             context = self.every_token(0, p)
@@ -445,7 +445,7 @@ class MoR(nn.Module):
         return s._replace(x=x, shared=kv if keeps else s.shared)
 
     def run_block(self, r: int | Tensor, h: Tensor, rope: Tensor, context: Context) -> tuple[Tensor, list]:
-        """The shared layers: h [B, K, D] -> y [B, K, D], and the (k, v) of each layer."""
+        """Runs the shared layers: h [B, K, D] -> y [B, K, D], and the (k, v) of each layer."""
         c, kv = self.config, []
         for j in range(c.n_block):
             place = (r * c.n_block + j) // c.n_recursion if "sequence" in c.sharing else j
@@ -476,7 +476,7 @@ class MoR(nn.Module):
         return Among(p.segments, p.cache, layer)
 
     def leave(self, s: State, p: Pass) -> Tensor:
-        """Token choice's gate, last layer, final norm -> [B, T, D]."""
+        """Applies token choice's gate, the last layer and the final norm -> [B, T, D]."""
         x = s.x
         if self.config.router == "token":  # H1 + p_d H_d, d the depth that ran (the released code's reading of eq. 2.2)
             depth = s.depth[..., None]
@@ -730,7 +730,7 @@ class MoR(nn.Module):
         return self.route((r + 1) % self.config.n_recursion, s, p)
 
     def decode_leave(self, s: State, p: Pass) -> Tensor:
-        """Last layer and head: logits fp32 [B, V]; the rows have then seen one token more."""
+        """Runs last layer and head -> logits fp32 [B, V]; the rows have then seen one token more."""
         logits = self.head(self.leave(s, p)[:, 0])
         p.cache.count(p.cache.position, p.cache.row, p.valid)
         return logits

@@ -48,6 +48,7 @@ from eval import THRESHOLDS, flops, fractions, measure, rounded
 from model import MoR, MoRConfig
 from prepare import Shards, load_meta, load_tokenizer, tokenizer_file
 from show import token_bytes
+from train import round_vocabulary
 
 ROOT = Path(__file__).resolve().parent
 
@@ -882,7 +883,7 @@ def read_flags(argv: list[str] | None):
         fail("rerun needs the key of a row, and nothing else takes one: study.py rerun KEY")
     if args.what in ("plan", "run", "rerun"):  # rows alone tell the rest
         meta = load_meta(args.data)
-        args.vocab_size = -(-meta["vocab_size"] // 128) * 128  # as train.py makes it
+        args.vocab_size = round_vocabulary(meta["vocab_size"])
         args.meta = {name: meta[name] for name in ("tokenizer", "train_tokens", "val_tokens")}
     return args
 

@@ -458,16 +458,21 @@ def initial_model(cfg: TrainConfig, given: dict, meta: dict) -> tuple[MoRConfig,
     return config, model.state_dict()
 
 
+def round_vocabulary(tokens: int) -> int:
+    """Returns the next multiple of 128, since every product of the head is misaligned on a GPU otherwise."""
+    return -(-tokens // 128) * 128
+
+
 def choose_vocabulary(cfg: TrainConfig, tokens: int) -> int:
-    """Returns the vocabulary of a model for data with `tokens` kinds of token: the next multiple of 128, since every
-    product of the head is misaligned on a GPU otherwise. A run that is there already keeps the one it has."""
+    """Returns the vocabulary of a model for data with `tokens` kinds of token, rounded up; a run that is there already
+    keeps the one it has."""
     files = [Path(file) for file in (cfg.resume, cfg.cooldown_from) if Path(file).is_file()]
     for place in [Path(cfg.out), *(file.parent for file in files)]:
         with suppress(OSError, ValueError, KeyError):  # no run, or one that the checks of resuming refuse
             there = json.loads((place / "config.json").read_text())
             if there["data"]["vocab_size"] == tokens:
                 return there["model"]["vocab_size"]
-    return -(-tokens // 128) * 128
+    return round_vocabulary(tokens)
 
 
 def open_data(cfg: TrainConfig, meta: dict, config: MoRConfig) -> tuple[Shards, Shards]:
