@@ -833,8 +833,8 @@ def start_endless(data, out, **how):
 
 @pytest.mark.parametrize("reader", ["stays", "leaves"])
 def test_a_closed_terminal_saves(data, tmp_path, reader):
-    """Also when what is printed finds no reader any more."""
-    process = start_endless(data, tmp_path)
+    """Also when what is printed finds no reader any more. (The tests may run under nohup, which is inherited.)"""
+    process = start_endless(data, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     if reader == "leaves":
         process.stdout.close()
         process.stderr.close()
